@@ -1,0 +1,264 @@
+"""Static rendezvous: every rank dials the leader (rank 0), which answers with the view when all are there.
+
+Any order of start works: whoever comes before the leader knocks until the deadline. Afterwards every rank opens a
+control link to every lower rank, so that all of them notice a death at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+
+from smolcluster.cluster.heartbeat import Heartbeat
+from smolcluster.cluster.world import Member, View, World, wait_until
+from smolcluster.errors import ConfigError, ConnectFailed, FrameError, PeerLost, RendezvousTimeout, SmolError
+from smolcluster.kinds import JsonObject
+from smolcluster.transport.base import ControlLink, Hello, Listener, Network
+from smolcluster.transport.tcp import CONTROL, TcpNetwork, TcpOptions
+
+logger = logging.getLogger(__name__)
+
+LEADER = 0
+JOIN_TIMEOUT = 5.0  # seconds that an authenticated newcomer may take to say who it is
+TICK = 0.2  # seconds between looks whether a waiting rank has gone away
+
+
+class JoinedWorld(World):
+    """A World together with its heartbeat."""
+
+    def __init__(
+        self,
+        rank: int,
+        view: View,
+        links: dict[int, ControlLink],
+        listener: Listener,
+        network: Network,
+        patience: float,
+    ) -> None:
+        super().__init__(rank, view, links, listener, network, patience)
+        self._heartbeat = Heartbeat(self)
+
+    def close(self) -> None:
+        """Stop the heartbeat, then close all control links and the listener."""
+        super().close()
+        self._heartbeat.close()
+
+
+def join_world(
+    *,
+    rank: int,
+    world_size: int,
+    name: str,
+    listener: Listener,
+    token: bytes = b"",
+    leader_address: str = "",
+    run_id: str = "",
+    patience: float = 5.0,
+    timeout: float = 60.0,
+    options: Mapping[str, str] | None = None,
+    network: Network | None = None,
+) -> World:
+    """Wait until all ranks of a run are here, and return the world they form.
+
+    Args:
+        rank: this rank. Rank 0 is the leader.
+        world_size: number of ranks, the same everywhere.
+        name: this rank's name, such as its host name; unique.
+        listener: where this rank accepts connections; the world closes it.
+        token: the cluster token.
+        leader_address: where rank 0 listens; ignored on rank 0.
+        run_id: what the ranks must have in common before they talk, such as a digest of the cluster file.
+        patience: seconds until a silent rank counts as lost.
+        timeout: seconds to wait for all ranks.
+        options: settings that must be equal on all ranks; a difference is refused by name.
+        network: how to dial; None: TCP with `token`.
+
+    Raises:
+        RendezvousTimeout: not all ranks came in time; names those that are missing.
+        AuthFailed: wrong token, version or run.
+        ConfigError: the leader refused this rank (name or rank taken, options differ).
+    """
+    deadline = time.monotonic() + timeout
+    network = network or TcpNetwork(token, TcpOptions(patience=patience))
+    me = Member(rank, name, listener.address)
+    wanted = dict(options or {})
+    if rank == LEADER:
+        view, links = _lead(me, world_size, listener, deadline, timeout, wanted)
+    else:
+        view, links = _follow(me, world_size, network, leader_address, run_id, deadline, timeout, wanted)
+    listener.allow_run(view.run_id)
+    try:
+        for lower in range(1, rank):
+            hello = Hello(rank, CONTROL, view.run_id)
+            links[lower] = network.dial_control(view.members[lower].address, hello, wait_until(deadline))
+        while rank != LEADER and len(links) < world_size - 1:
+            hello, link = listener.accept_control(wait_until(deadline))
+            links[hello.rank] = link
+    except ConnectFailed as error:
+        _close_all(links)
+        raise RendezvousTimeout(f"rank {rank} and the other ranks could not all reach each other: {error}") from error
+    return JoinedWorld(rank, view, links, listener, network, patience)
+
+
+class _Lobby:
+    """The leader's waiting room."""
+
+    def __init__(self, me: Member, world_size: int, options: dict[str, str]) -> None:
+        self._world_size = world_size
+        self._options = options
+        self.members: dict[int, Member] = {me.rank: me}
+        self.links: dict[int, ControlLink] = {}
+
+    def missing(self) -> list[int]:
+        """Ranks that have not come, or went away again."""
+        for rank, link in list(self.links.items()):
+            try:
+                link.receive(timeout=0.0)  # a waiting rank says nothing: this only notices that it is gone
+            except SmolError:
+                logger.warning("rank left before the start rank=%d", rank)
+                link.close()
+                del self.links[rank], self.members[rank]
+        return [rank for rank in range(self._world_size) if rank not in self.members]
+
+    def admit(self, link: ControlLink) -> None:
+        """Read a newcomer's "join"; keep it, or tell it why not."""
+        try:
+            message = link.receive(timeout=JOIN_TIMEOUT)
+        except SmolError as error:
+            logger.warning("rank refused reason=%s", error)
+            link.close()
+            return
+        self.missing()
+        refusal = self._refusal(message or {})
+        if refusal is None and message is not None:
+            rank = int(str(message["rank"]))
+            self.members[rank] = Member(rank, str(message["name"]), str(message["address"]))
+            self.links[rank] = link
+            logger.info("rank joined rank=%d name=%s address=%s", rank, message["name"], message["address"])
+            return
+        logger.warning("rank refused reason=%s", refusal)
+        with contextlib.suppress(SmolError):
+            link.send({"kind": "refused", "reason": refusal})
+        link.close()
+
+    def _refusal(self, message: JsonObject) -> str | None:
+        rank, name, world_size = message.get("rank"), message.get("name"), message.get("world_size")
+        if message.get("kind") != "join" or not isinstance(rank, int) or not isinstance(name, str):
+            return "its join message is malformed"
+        if world_size != self._world_size:
+            return f"{name!r} expects {world_size} ranks, rank 0 expects {self._world_size}"
+        if not 0 <= rank < self._world_size:
+            return f"{name!r} wants rank {rank}, but the ranks are 0 to {self._world_size - 1}"
+        for member in self.members.values():
+            if member.rank == rank or member.name == name:
+                return (
+                    f"{name!r} wants rank {rank}, but {member.name!r} (rank {member.rank}) is here already; "
+                    "is the same machine started twice?"
+                )
+        theirs = message.get("options")
+        return _difference(name, theirs if isinstance(theirs, dict) else {}, self._options)
+
+
+def _difference(name: str, theirs: JsonObject, ours: dict[str, str]) -> str | None:
+    """What differs between the options of a newcomer and the leader's, the first three keys; None: nothing."""
+    keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    if not keys:
+        return None
+    shown = "; ".join(f"{key} is {theirs.get(key)} on {name} and {ours.get(key)} on rank 0" for key in keys[:3])
+    more = f" (and {len(keys) - 3} more)" if len(keys) > 3 else ""
+    return f"the options differ: {shown}{more}. Start every machine with the same options"
+
+
+def _lead(
+    me: Member, world_size: int, listener: Listener, deadline: float, timeout: float, options: dict[str, str]
+) -> tuple[View, dict[int, ControlLink]]:
+    lobby = _Lobby(me, world_size, options)
+    while missing := lobby.missing():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            _close_all(lobby.links)
+            raise RendezvousTimeout(
+                f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {world_size} did not come to "
+                f"{listener.address} within {timeout:g} s. Start the missing ranks, or look for a firewall in between"
+            )
+        with contextlib.suppress(ConnectFailed):
+            lobby.admit(listener.accept_control(min(left, TICK))[1])
+    members = tuple(lobby.members[rank] for rank in range(world_size))
+    view = View(generation=1, members=members, leader=LEADER, run_id=secrets.token_hex(8))
+    listener.allow_run(view.run_id)
+    packed: JsonObject = {
+        "kind": "view",
+        "generation": view.generation,
+        "leader": view.leader,
+        "run_id": view.run_id,
+        "members": [{"rank": m.rank, "name": m.name, "address": m.address} for m in members],
+    }
+    for rank, link in lobby.links.items():
+        try:
+            link.send(packed)
+        except SmolError as error:
+            _close_all(lobby.links)
+            raise PeerLost(f"rank {rank} ({lobby.members[rank].name}) is lost: {error}", rank) from error
+    return view, lobby.links
+
+
+def _follow(
+    me: Member,
+    world_size: int,
+    network: Network,
+    leader_address: str,
+    run_id: str,
+    deadline: float,
+    timeout: float,
+    options: dict[str, str],
+) -> tuple[View, dict[int, ControlLink]]:
+    try:
+        link = network.dial_control(leader_address, Hello(me.rank, CONTROL, run_id), wait_until(deadline))
+    except ConnectFailed as error:
+        raise RendezvousTimeout(f"rank {me.rank} waited for rank 0: {error}") from error
+    # dict() because a mapping of str is no mapping of JsonValue to the type checker
+    join: JsonObject = {
+        "kind": "join",
+        "rank": me.rank,
+        "name": me.name,
+        "world_size": world_size,
+        "address": me.address,
+        "options": dict(options.items()),
+    }
+    try:
+        link.send(join)
+        message = link.receive(wait_until(deadline))
+    except SmolError as error:
+        link.close()
+        raise PeerLost(f"rank 0 ended before all ranks were there: {error}", LEADER) from error
+    if message is None:
+        link.close()
+        raise RendezvousTimeout(f"rank {me.rank} waited {timeout:g} s at {leader_address}: other ranks are missing")
+    if message.get("kind") == "refused":
+        link.close()
+        raise ConfigError(f"rank 0 at {leader_address} refused {me.name!r}: {message.get('reason')}")
+    return _unpack_view(message, world_size), {LEADER: link}
+
+
+def _unpack_view(message: JsonObject, world_size: int) -> View:
+    match message:
+        case {
+            "kind": "view",
+            "generation": int(generation),
+            "leader": int(leader),
+            "run_id": str(run_id),
+            "members": list(packed),
+        } if len(packed) == world_size:
+            members = tuple(
+                Member(rank, str(m["name"]), str(m["address"])) for rank, m in enumerate(packed) if isinstance(m, dict)
+            )
+            return View(generation, members, leader, run_id)
+    raise FrameError(f"rank 0 sent {message.get('kind')!r} where the view of {world_size} ranks belongs")
+
+
+def _close_all(links: dict[int, ControlLink]) -> None:
+    for link in links.values():
+        link.close()

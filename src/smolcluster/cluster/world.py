@@ -1,0 +1,251 @@
+"""The ranks of one run as this rank sees them: the view, the control links, who is lost.
+
+A `World` is made by rendezvous.py. Its `Heartbeat` (heartbeat.py) notices silence; a closed control link is noticed
+at once. Whoever notices a loss first tells the others before anything else, so that every rank names the same
+culprit instead of the neighbour that gave up first.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from smolcluster import errors
+from smolcluster.errors import ConnectionLost, PeerLost, SmolError
+from smolcluster.kinds import JsonObject
+from smolcluster.transport.base import Channel, ControlLink, Hello, Listener, Network
+
+logger = logging.getLogger(__name__)
+
+# A peer's bulk connection may be seen closing before its control link has told why; wait this long for the reason.
+GRACE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One rank: its name (host name or "rank2") and the address it listens on."""
+
+    rank: int
+    name: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A membership: its generation number, the members in rank order, the leader's rank, and the run they form."""
+
+    generation: int
+    members: tuple[Member, ...]
+    leader: int
+    run_id: str
+
+
+class Membership(Protocol):
+    """Who takes part, and who is told when that changes."""
+
+    def view(self) -> View:
+        """The current membership."""
+        ...
+
+    def on_change(self, fn: Callable[[View], None]) -> None:
+        """Call `fn` with each new view, on a cluster thread."""
+        ...
+
+
+class World:
+    """The control plane of one rank. Thread-safe."""
+
+    def __init__(
+        self,
+        rank: int,
+        view: View,
+        links: dict[int, ControlLink],
+        listener: Listener,
+        network: Network,
+        patience: float,
+    ) -> None:
+        self.rank = rank
+        self.world_size = len(view.members)
+        self.patience = patience
+        self.lost: list[int] = []
+        self._view = view
+        self._links = links
+        self._listener = listener
+        self._network = network
+        self._lock = threading.RLock()
+        self._error: SmolError | None = None
+        self._left: set[int] = set()  # ranks that said good-bye: their closed links are no loss
+        self._leaving = False
+        self._on_failure: list[Callable[[SmolError], None]] = []
+        self._handlers: dict[str, Callable[[int, JsonObject], None]] = {}
+        self._early: dict[str, list[tuple[int, JsonObject]]] = {}
+        self._suspects: dict[int, threading.Timer] = {}
+        for peer, link in links.items():
+            self._attach(peer, link)
+
+    def view(self) -> View:
+        return self._view
+
+    def on_change(self, fn: Callable[[View], None]) -> None:
+        """Membership is fixed so far: `fn` is never called."""
+
+    def name(self, rank: int) -> str:
+        """How messages call a rank: "rank 2 (mini3)"."""
+        name = self._view.members[rank].name
+        return f"rank {rank}" if name == f"rank{rank}" else f"rank {rank} ({name})"
+
+    def open_channel(self, peer: int, lane: str, timeout: float) -> Channel:
+        """A new bulk connection to `peer` for `lane`; both sides call it. The higher rank dials.
+
+        Raises:
+            ConnectFailed: not connected within `timeout` seconds.
+        """
+        if peer > self.rank:
+            return self._listener.accept_channel(peer, lane, timeout)
+        hello = Hello(self.rank, lane, self._view.run_id)
+        return self._network.dial_channel(self._view.members[peer].address, hello, timeout)
+
+    def send(self, rank: int, kind: str, payload: JsonObject) -> None:
+        """Send a control message to another rank. A lost receiver is noticed elsewhere, so nothing is raised."""
+        try:
+            self._links[rank].send({"kind": kind, **payload})
+        except ConnectionLost as error:
+            logger.debug("control message not sent to=%d kind=%s reason=%s", rank, kind, error)
+
+    def on(self, kind: str, handler: Callable[[int, JsonObject], None]) -> None:
+        """Call `handler(rank, message)` for messages of this kind, on the link's thread; early ones first."""
+        with self._lock:
+            early = self._early.pop(kind, [])
+            self._handlers[kind] = handler
+            for rank, message in early:
+                handler(rank, message)
+
+    def on_failure(self, fn: Callable[[SmolError], None]) -> None:
+        """Call `fn(error)` once when a rank is lost or some rank aborts; at once if that has happened."""
+        with self._lock:
+            if self._error is None:
+                self._on_failure.append(fn)
+                return
+        fn(self._error)
+
+    def error(self) -> SmolError | None:
+        """What ended this world, if anything did."""
+        return self._error
+
+    def silent_since(self) -> dict[int, float]:
+        """For each rank that should be alive: `time.monotonic()` at which it was last heard."""
+        with self._lock:
+            return {r: link.last_heard() for r, link in self._links.items() if r not in self._left}
+
+    def suspect(self, peer: int, reason: SmolError) -> None:
+        """A bulk connection to `peer` broke: give the control plane `GRACE` seconds to say why, then blame it."""
+        with self._lock:
+            if self._error is not None or self._leaving or peer in self._suspects:
+                return
+            timer = threading.Timer(GRACE, self.report_lost, (peer, str(reason)))
+            timer.daemon = True
+            timer.name = f"suspect rank {peer}"
+            self._suspects[peer] = timer
+            timer.start()
+
+    def report_lost(self, peer: int, reason: str) -> None:
+        """`peer` is lost: tell everyone and fail everything here."""
+        with self._lock:
+            if self._error is not None or self._leaving:
+                return
+            self.lost.append(peer)
+            error = PeerLost(f"{self.name(peer)} is lost: {reason}", peer)
+        self.abort(error)
+
+    def abort(self, error: SmolError) -> None:
+        """End the run on every rank with `error`: tell the others, then fail everything here. From any thread."""
+        with self._lock:
+            if self._error is not None or self._leaving:
+                return
+            self._error = error
+            callbacks, self._on_failure = self._on_failure, []
+        logger.error("run aborted rank=%d error=%s", self.rank, error)
+        message: JsonObject = {"error": type(error).__name__, "text": str(error)}
+        if isinstance(error, PeerLost):
+            message["lost"] = error.rank
+        for peer in self._links:
+            if peer not in self.lost:
+                self.send(peer, "abort", message)
+        for fn in callbacks:
+            fn(error)
+
+    def leave(self) -> None:
+        """Say good-bye, so that closing is not taken for a loss. Call when nothing is under way any more."""
+        with self._lock:
+            self._leaving = True
+        for peer in self._links:
+            self.send(peer, "leave", {})
+
+    def close(self) -> None:
+        """Close all control links and the listener."""
+        with self._lock:
+            self._leaving = True
+            timers = list(self._suspects.values())
+        for timer in timers:
+            timer.cancel()
+            if timer is not threading.current_thread():
+                timer.join(timeout=2.0)
+        self._listener.close()
+        for link in self._links.values():
+            link.close()
+
+    def _attach(self, peer: int, link: ControlLink) -> None:
+        link.on_close(lambda error: self._closed(peer, error))
+        link.on_message(lambda message: self._received(peer, message))
+
+    def _received(self, peer: int, message: JsonObject) -> None:
+        kind = message.get("kind")
+        if kind == "beat":
+            return
+        if kind == "leave":
+            with self._lock:
+                self._left.add(peer)
+        elif kind == "abort":
+            self._abort_received(peer, message)
+        elif isinstance(kind, str):
+            with self._lock:
+                handler = self._handlers.get(kind)
+                if handler is None:
+                    self._early.setdefault(kind, []).append((peer, message))
+                    return
+            handler(peer, message)
+
+    def _abort_received(self, peer: int, message: JsonObject) -> None:
+        text = str(message.get("text", ""))
+        lost = message.get("lost")
+        kind: Any = getattr(errors, str(message.get("error")), None)
+        error: SmolError
+        if isinstance(lost, int) and 0 <= lost < self.world_size:
+            error = PeerLost(text, lost)
+        elif isinstance(kind, type) and issubclass(kind, SmolError) and kind is not PeerLost:
+            error = kind(text)
+        else:
+            error = PeerLost(f"{self.name(peer)} gave up: {text}", peer)
+        with self._lock:
+            if isinstance(error, PeerLost) and error.rank not in self.lost:
+                self.lost.append(error.rank)
+        self.abort(error)
+
+    def _closed(self, peer: int, error: SmolError) -> None:
+        with self._lock:
+            gone = peer in self._left or self._leaving
+        if not gone:
+            self.report_lost(peer, f"it {_ending(error)}")
+
+
+def _ending(error: SmolError) -> str:
+    return "died or closed its connections" if isinstance(error, ConnectionLost) else str(error)
+
+
+def wait_until(deadline: float) -> float:
+    """Seconds from now to `deadline` (`time.monotonic()`), at least a little."""
+    return max(0.05, deadline - time.monotonic())

@@ -1,0 +1,1 @@
+"""Many processes act as one: communicators, collectives, gradient buckets."""

@@ -1,0 +1,131 @@
+"""One bulk connection to one peer, cut into frames."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Protocol
+
+from smolcluster.transport import frame
+from smolcluster.transport.base import Channel
+from smolcluster.transport.frame import Prelude
+from smolcluster.transport.tcp import MAX_SEND_BUFFERS
+
+# Frames taken from one lane before the others get their turn.
+FRAMES_PER_TURN = 16
+
+
+class Receiver(Protocol):
+    """Decides where the payload of an incoming frame goes."""
+
+    def place(self, lane: Lane, prelude: Prelude, dims: bytes) -> memoryview | None:
+        """Memory for the payload; None: not expected yet, ask again later. Raises on a frame that does not fit."""
+        ...
+
+    def arrived(self, lane: Lane, prelude: Prelude) -> None:
+        """The payload is complete."""
+        ...
+
+
+class Lane:
+    """One bulk connection to one peer: a queue of outgoing bytes, and the frame that is coming in."""
+
+    def __init__(self, peer: int, channel: Channel, receiver: Receiver) -> None:
+        self.peer = peer
+        self.channel = channel
+        self.receiver = receiver
+        self.sent_bytes = 0
+        self.recv_bytes = 0
+        self.queued_bytes = 0
+        self.held = False  # a frame is here that nobody expects yet
+        self.broken = False
+        self._out: deque[memoryview] = deque()
+        self._marks: deque[tuple[int, Callable[[], None]]] = deque()
+        self._head = memoryview(bytearray(frame.PRELUDE_BYTES))
+        self._dims = memoryview(bytearray(8 * frame.MAX_DIMS))
+        self._prelude: Prelude | None = None
+        self._dims_complete = False
+        self._body: memoryview | None = None
+        self._got = 0  # bytes of whatever part is arriving: head, dims or body
+
+    def enqueue(self, buffers: Iterable[memoryview], on_sent: Callable[[], None] | None = None) -> None:
+        """Queue bytes; `on_sent` runs when the last of them was handed to the system."""
+        for buffer in buffers:
+            if len(buffer):
+                self._out.append(buffer)
+                self.queued_bytes += len(buffer)
+        if on_sent is not None:
+            self._marks.append((self.sent_bytes + self.queued_bytes, on_sent))
+
+    def sending(self) -> bool:
+        """True while bytes wait to be sent."""
+        return bool(self._out)
+
+    def flush(self) -> None:
+        """Send until the connection takes no more."""
+        while self._out:
+            taken = self.channel.try_send(list(islice(self._out, MAX_SEND_BUFFERS)))
+            if taken == 0:
+                break
+            self.sent_bytes += taken
+            self.queued_bytes -= taken
+            while taken:
+                first = self._out[0]
+                if taken < len(first):
+                    self._out[0] = first[taken:]
+                    break
+                taken -= len(first)
+                self._out.popleft()
+        while self._marks and self._marks[0][0] <= self.sent_bytes:
+            self._marks.popleft()[1]()
+
+    def pump(self) -> bool:
+        """Receive until the connection has no more or a frame must wait; True if anything moved."""
+        moved = False
+        for _ in range(FRAMES_PER_TURN):
+            if not self._receive_head():
+                return moved
+            if self._body is None:
+                assert self._prelude is not None
+                self._body = self.receiver.place(self, self._prelude, bytes(self._dims[: 8 * self._prelude.ndim]))
+                self.held = self._body is None
+                if self._body is None:
+                    return moved
+            while self._got < len(self._body):
+                count = self.channel.try_recv_into(self._body[self._got :])
+                if count == 0:
+                    return moved
+                moved = True
+                self.recv_bytes += count
+                self._got += count
+            prelude = self._prelude
+            assert prelude is not None
+            self._reset()
+            self.receiver.arrived(self, prelude)
+            moved = True
+        return moved
+
+    def _receive_head(self) -> bool:
+        if self._prelude is None:
+            if not self._fill(self._head):
+                return False
+            self._prelude, self._got = frame.unpack(self._head), 0
+            self._dims_complete = self._prelude.ndim == 0
+        if not self._dims_complete:
+            if not self._fill(self._dims[: 8 * self._prelude.ndim]):
+                return False
+            self._got, self._dims_complete = 0, True
+        return True
+
+    def _fill(self, target: memoryview) -> bool:
+        while self._got < len(target):
+            count = self.channel.try_recv_into(target[self._got :])
+            if count == 0:
+                return False
+            self.recv_bytes += count
+            self._got += count
+        return True
+
+    def _reset(self) -> None:
+        self._prelude, self._dims_complete, self._body, self._got = None, False, None, 0

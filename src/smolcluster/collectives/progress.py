@@ -1,0 +1,400 @@
+"""The communicator's one non-blocking loop: it sends, receives and runs the collectives' generators.
+
+Whoever waits runs the loop itself; while nobody waits, a background thread does, so that bytes move while the training
+thread computes. Exactly one thread drives at any time.
+
+A collective is a `Call`: pieces, each a generator of ring.py or mesh.py. Calls run one after the other, in the order in
+which they were issued. Frames that come before their call begins stay in the kernel's buffer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from smolcluster.collectives.lane import Lane
+from smolcluster.collectives.wire import Arrival, Steps
+from smolcluster.collectives.work import PendingWork
+from smolcluster.errors import CollectiveMismatch, FrameError, SmolError
+from smolcluster.telemetry import Telemetry
+from smolcluster.transport import frame
+from smolcluster.transport.frame import Prelude
+from smolcluster.transport.tensors import empty_for, raw_bytes
+
+logger = logging.getLogger(__name__)
+
+# Polls without sleeping before the first that sleeps: an answer on loopback or a fast LAN comes within them.
+SPINS = 50
+# The longest sleep of the loop. Everything that matters wakes it; this bounds the cost of what was overlooked.
+MAX_SLEEP = 0.25
+# The largest tensor that is allocated because a frame says so.
+MAX_UNSIZED_BYTES = 1 << 30
+
+
+class Call:
+    """One collective under way. `begin` makes the generator of a piece; pieces run `window` at a time."""
+
+    def __init__(
+        self,
+        work: PendingWork,
+        prelude: Prelude,
+        pieces: int,
+        begin: Callable[[Call, int], Steps],
+        *,
+        window: int,
+        on_success: Callable[[], list[Tensor] | None],
+    ) -> None:
+        self.work = work
+        self.prelude = prelude
+        self.pieces = pieces
+        self.begin = begin
+        self.window = window
+        self.on_success = on_success
+        self.started = 0.0
+        self.begun = 0
+        self.running: dict[int, Steps] = {}
+        self.waiting: dict[int, int] = {}  # piece -> arrivals that it still waits for
+        self.posted: dict[tuple[int, int], Arrival] = {}  # (source, piece) -> where the next payload belongs
+
+
+class ProgressLoop:
+    """Drives the lanes of one communicator."""
+
+    def __init__(self, name: str, telemetry: Telemetry, on_broken: Callable[[int, SmolError], None]) -> None:
+        """`on_broken(peer, error)`: a lane broke; the owner finds out why and calls `fail`."""
+        self._telemetry = telemetry
+        self._on_broken = on_broken
+        self._lanes: list[Lane] = []
+        self._collective_lanes: list[Lane] = []
+        self._counted = (0, 0)
+        self._posted = False  # something new is expected since the lanes were last pumped
+        self._state = threading.Condition()
+        self._driven = False
+        self._stopping = False
+        self._error: SmolError | None = None
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._calls: deque[Call] = deque()
+        self._current: Call | None = None
+        self._open_works: set[PendingWork] = set()
+        self._poller = _Poller()
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name=f"progress {name}", daemon=True)
+        self._thread.start()
+
+    def add_lane(self, lane: Lane, *, collective: bool) -> None:
+        """Take over a connection. Call before the first `submit`."""
+        self._lanes.append(lane)
+        if collective:
+            self._collective_lanes.append(lane)
+
+    def submit(self, work: PendingWork, action: Callable[[], None]) -> None:
+        """Run `action` on the driving thread, in order of submission; `work` fails if the loop does."""
+        with self._state:
+            if self._error is None and not self._stopping:
+                self._inbox.append(action)
+                self._open_works.add(work)
+                if self._driven:
+                    self._wake()
+                else:
+                    self._state.notify_all()
+                return
+            error = self._error or CollectiveMismatch("the communicator is closed")
+        work.finish(error)
+
+    def enqueue_call(self, call: Call) -> None:
+        """Queue a collective. On the driving thread."""
+        self._calls.append(call)
+
+    def expect_more(self) -> None:
+        """Tell the loop that a frame which had to wait may be expected now. On the driving thread."""
+        self._posted = True
+
+    def finish(self, work: PendingWork, error: SmolError | None = None, results: list[Tensor] | None = None) -> None:
+        """Mark a work done. On the driving thread."""
+        sent, received = sum(lane.sent_bytes for lane in self._lanes), sum(lane.recv_bytes for lane in self._lanes)
+        self._telemetry.count("link/sent_bytes", sent - self._counted[0])
+        self._telemetry.count("link/recv_bytes", received - self._counted[1])
+        self._counted = (sent, received)
+        with self._state:
+            self._open_works.discard(work)
+        work.finish(error, results)
+
+    def wait(self, finished: threading.Event, timeout: float | None) -> None:
+        """Drive the loop, or let another thread drive, until `finished` or `timeout` seconds have passed."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not finished.is_set():
+            left = MAX_SLEEP if deadline is None else min(MAX_SLEEP, deadline - time.monotonic())
+            if left <= 0:
+                return
+            if self._take():
+                try:
+                    self._drive(finished, deadline)
+                finally:
+                    self._give()
+            else:
+                finished.wait(left)
+
+    def fail(self, error: SmolError) -> None:
+        """Fail everything that is pending and all that comes. From any thread; returns at once."""
+        with self._state:
+            if self._error is not None:
+                return
+            self._error = error
+            works, self._open_works = self._open_works, set()
+            self._state.notify_all()
+            self._wake()
+        for work in works:
+            work.finish(error)
+
+    def close(self) -> None:
+        """Stop the thread and close the lanes. What is still pending fails."""
+        with self._state:
+            self._stopping = True
+            self._state.notify_all()
+            self._wake()
+        self._thread.join(timeout=5.0)
+        closed = CollectiveMismatch("the communicator was closed while this was under way")
+        self.fail(closed)
+        with self._state:  # a waiter may just be leaving the loop: its work has failed
+            self._state.wait_for(lambda: not self._driven, timeout=5.0)
+        for lane in self._lanes:
+            lane.channel.abort(closed)
+        self._wake_in.close()
+        self._wake_out.close()
+
+    # ---- who drives
+
+    def _take(self) -> bool:
+        with self._state:
+            if self._driven or self._error is not None:
+                return False
+            self._driven = True
+            return True
+
+    def _give(self) -> None:
+        with self._state:
+            self._driven = False
+            self._state.notify_all()
+
+    def _busy(self) -> bool:
+        return bool(self._open_works)
+
+    def _run(self) -> None:
+        while True:
+            with self._state:
+                self._state.wait_for(
+                    lambda: self._stopping or (not self._driven and self._error is None and self._busy())
+                )
+                if self._stopping:
+                    return
+                self._driven = True
+            try:
+                self._drive(None, None)
+            finally:
+                self._give()
+
+    def _drive(self, finished: threading.Event | None, deadline: float | None) -> None:
+        """Run until `finished`, or for the background thread until there is nothing to do."""
+        spins = 0
+        while self._error is None and not self._stopping:
+            if finished is not None and finished.is_set():
+                return
+            if finished is None and not self._busy():
+                return
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            # The background thread never spins: it would take the interpreter from the one that computes.
+            sleep = finished is None or spins >= SPINS
+            try:
+                moved = self._turn(self._sleep_seconds(deadline) if sleep else 0.0, finished)
+            except SmolError as error:
+                self.fail(error)
+                return
+            spins = 0 if moved else spins + 1
+
+    def _sleep_seconds(self, deadline: float | None) -> float:
+        now = time.monotonic()
+        ends = [lane.channel.due() for lane in self._lanes if not lane.broken]
+        seconds = min((end - now for end in [*ends, deadline] if end is not None), default=MAX_SLEEP)
+        return max(0.0, min(MAX_SLEEP, seconds))
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # full: it is awake already; closed: nobody is left to wake
+            self._wake_out.send(b"w")
+
+    # ---- one turn of the loop
+
+    def _turn(self, sleep: float, finished: threading.Event | None) -> bool:
+        """Do all that can be done without blocking, after sleeping for at most `sleep` seconds; True if bytes moved."""
+        self._take_submissions()
+        self._advance_calls()
+        self._flush_all()
+        if finished is not None and finished.is_set():
+            return True
+        retry = self._posted and any(lane.held for lane in self._lanes)
+        self._posted = False
+        ready = self._poller.poll(self._wake_in, self._lanes, 0.0 if retry else sleep)
+        moved = False
+        now = time.monotonic()
+        for lane in self._lanes:
+            if lane.broken:
+                continue
+            due = lane.channel.due()
+            if lane in ready or (lane.held and retry) or (due is not None and due <= now):
+                moved = self._guarded(lane, lane.pump) or moved
+        self._advance_calls()  # what arrived or was sent may have finished a call
+        return moved
+
+    def _take_submissions(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _advance_calls(self) -> None:
+        while True:
+            if self._current is None:
+                if not self._calls:
+                    return
+                self._current = self._calls.popleft()
+                self._current.started = time.monotonic()
+            call = self._current
+            while call.begun < call.pieces and len(call.running) < call.window:
+                piece = call.begun
+                call.begun += 1
+                call.running[piece] = call.begin(call, piece)
+                self._step(call, piece)
+            if call.running or not self._flushed():
+                return
+            self._current = None
+            self.finish(call.work, results=call.on_success())
+
+    def _flushed(self) -> bool:
+        for lane in self._collective_lanes:
+            if lane.sending():
+                self._guarded(lane, lane.flush)
+                if lane.sending():
+                    return False
+        return True
+
+    def _flush_all(self) -> None:
+        for lane in self._lanes:
+            if not lane.broken:
+                self._guarded(lane, lane.flush)
+
+    def _step(self, call: Call, piece: int) -> None:
+        """Run a piece's generator up to its next wait."""
+        while True:
+            arrivals = next(call.running[piece], None)
+            if arrivals is None:
+                del call.running[piece]
+                return
+            for arrival in arrivals:
+                call.posted[(arrival.src, piece)] = arrival
+                self._posted = True
+            if arrivals:
+                call.waiting[piece] = len(arrivals)
+                return
+
+    def _guarded(self, lane: Lane, action: Callable[[], bool | None]) -> bool:
+        """Run `action`; a broken connection is reported and set aside, everything else is raised."""
+        try:
+            return bool(action())
+        except (CollectiveMismatch, FrameError):
+            raise
+        except SmolError as error:
+            lane.broken = True
+            logger.info("lane broken peer=%d reason=%s", lane.peer, error)
+            self._on_broken(lane.peer, error)
+            return False
+
+    # ---- Receiver of the collective lanes
+
+    def place(self, lane: Lane, prelude: Prelude, dims: bytes) -> memoryview | None:
+        """See Receiver."""
+        call = self._current
+        if call is None:
+            return None  # this rank has not called it yet
+        ours = call.prelude
+        if prelude.sequence > ours.sequence and prelude.generation == ours.generation:
+            return None  # the peer has finished this call and begun a later one
+        theirs = replace(prelude, tag=0, hop=0, nbytes=0, ndim=0, count=0 if prelude.ndim else prelude.count)
+        if theirs != ours:
+            raise CollectiveMismatch(
+                f"rank {lane.peer} called {prelude.describe()} while this rank called {ours.describe()}. Every rank "
+                "must call the same collectives in the same order"
+            )
+        arrival = call.posted.get((lane.peer, prelude.tag))
+        if arrival is None:
+            return None
+        if arrival.into is None:
+            arrival.into = empty_for(prelude, frame.unpack_dims(dims, prelude, MAX_UNSIZED_BYTES))
+        view = raw_bytes(arrival.into)
+        if arrival.hop != prelude.hop or len(view) != prelude.nbytes:
+            raise CollectiveMismatch(
+                f"rank {lane.peer} sent hop {prelude.hop} with {prelude.nbytes} bytes of {prelude.describe()}, hop "
+                f"{arrival.hop} with {len(view)} bytes was expected"
+            )
+        return view
+
+    def arrived(self, lane: Lane, prelude: Prelude) -> None:
+        """See Receiver."""
+        call = self._current
+        assert call is not None
+        arrival = call.posted.pop((lane.peer, prelude.tag))
+        arrival.arrived = True
+        call.waiting[prelude.tag] -= 1
+        if call.waiting[prelude.tag] == 0:
+            self._step(call, prelude.tag)
+            self._advance_calls()
+
+
+class _Poller:
+    """select.poll where there is one, select.select elsewhere (Windows). Re-registers only what changed."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        self._masks: dict[int, int] = {}
+
+    def poll(self, wake: socket.socket, lanes: list[Lane], seconds: float) -> set[Lane]:
+        """The lanes that can be read or written, after at most `seconds`; bytes on `wake` end the sleep."""
+        wanted = {wake.fileno(): (True, False)}
+        by_fd: dict[int, Lane] = {}
+        for lane in lanes:
+            if not lane.broken:
+                reads, writes = lane.channel.wants(sending=lane.sending())
+                wanted[lane.channel.fileno()] = (reads and not lane.held, writes)
+                by_fd[lane.channel.fileno()] = lane
+        ready = self._select(wanted, seconds) if self._poll is None else self._poll_fds(self._poll, wanted, seconds)
+        if wake.fileno() in ready:
+            with contextlib.suppress(OSError):
+                wake.recv(4096)
+        return {by_fd[fd] for fd in ready if fd in by_fd}
+
+    def _poll_fds(self, poll: select.poll, wanted: dict[int, tuple[bool, bool]], seconds: float) -> list[int]:
+        masks = {fd: reads * select.POLLIN | writes * select.POLLOUT for fd, (reads, writes) in wanted.items()}
+        # A descriptor without interest would still report a hang-up, again and again: leave it out.
+        masks = {fd: mask for fd, mask in masks.items() if mask}
+        if masks != self._masks:
+            for fd in self._masks.keys() - masks.keys():
+                poll.unregister(fd)
+            for fd, mask in masks.items():
+                poll.register(fd, mask)
+            self._masks = masks
+        return [fd for fd, _ in poll.poll(seconds * 1000)]
+
+    @staticmethod
+    def _select(wanted: dict[int, tuple[bool, bool]], seconds: float) -> list[int]:
+        reads = [fd for fd, (read, _) in wanted.items() if read]
+        writes = [fd for fd, (_, write) in wanted.items() if write]
+        readable, writable, _ = select.select(reads, writes, [], seconds)
+        return [*readable, *writable]

@@ -1,0 +1,372 @@
+"""The communicator over our own channels: TCP between machines, `inproc` within a process.
+
+Idea: one bulk connection to every other rank for collectives, one for messages, one non-blocking loop over all of them.
+This file maps each call to pieces of an algorithm of ring.py or mesh.py; progress.py runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolcluster.cluster.world import World
+from smolcluster.collectives import checks, mesh, ring
+from smolcluster.collectives.base import Codec, ReduceOp
+from smolcluster.collectives.lane import Lane
+from smolcluster.collectives.messages import MessageBox
+from smolcluster.collectives.progress import Call, ProgressLoop
+from smolcluster.collectives.staging import DeviceStaging, Staging
+from smolcluster.collectives.wire import Arrival, Steps
+from smolcluster.collectives.work import PendingWork
+from smolcluster.errors import SmolError
+from smolcluster.kinds import JsonValue
+from smolcluster.telemetry import Telemetry
+from smolcluster.transport import frame
+from smolcluster.transport.frame import CODECS, KIND_COLLECTIVE, KIND_MESSAGE, Prelude
+from smolcluster.transport.tensors import dtype_code, raw_bytes
+
+CONNECT_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What decides which bits a reduction gives. The same on every rank of a generation.
+
+    Attributes:
+        one_round_bytes: up to this size everybody sends everything to everybody, in one hop.
+        chunk_bytes: payload of one frame of a ring; a piece has world_size chunks. 64 KiB: measured half as fast.
+        window: pieces under way at once: enough to keep all links busy, few enough to stay in the processor's cache.
+    """
+
+    one_round_bytes: int = 256 << 10
+    chunk_bytes: int = 512 << 10
+    window: int = 8
+
+
+class TcpCommunicator:
+    """See collectives.base.Communicator. `close` also leaves the world, unless this is a part made by `split`."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        ranks: Sequence[int] | None = None,
+        name: str = "world",
+        plan: Plan | None = None,
+        staging: Staging | None = None,
+        telemetry: Telemetry | None = None,
+        timeout: float = CONNECT_TIMEOUT,
+    ) -> None:
+        """Open the connections to all other ranks; blocks until they are there.
+
+        Args:
+            world: the ranks of this run.
+            ranks: world ranks of this group, in its order; None: all.
+            name: of the group, the same on all its ranks; part of the lanes' names.
+            plan: sizes that decide how tensors are cut; the same on all ranks.
+            staging: how device tensors reach host memory.
+            telemetry: where counters and spans go; None: a new one.
+            timeout: seconds to wait for the connections.
+
+        Raises:
+            ConnectFailed: a rank did not connect in time.
+        """
+        members = list(range(world.world_size)) if ranks is None else list(ranks)
+        self.rank = members.index(world.rank)
+        self.world_size = len(members)
+        self.generation = world.view().generation
+        self.telemetry = telemetry or Telemetry()
+        self._world = world
+        self._members = members
+        self._name = name
+        self._owns_world = ranks is None
+        self._plan = plan or Plan()
+        self._staging = staging or DeviceStaging()
+        self._order = threading.Lock()  # sequence numbers are given out in the order of submission
+        self._sequence = 0
+        self._loop = ProgressLoop(f"{name} rank {self.rank}", self.telemetry, self._broken)
+        self._box = MessageBox(self._loop, self.generation)
+        self._collective_lanes: dict[int, Lane] = {}
+        self._message_lanes: dict[int, Lane] = {}
+        for peer, member in enumerate(members):
+            if peer != self.rank:
+                bulk = Lane(peer, world.open_channel(member, f"bulk:{name}", timeout), self._loop)
+                p2p = Lane(peer, world.open_channel(member, f"p2p:{name}", timeout), self._box)
+                self._collective_lanes[peer], self._message_lanes[peer] = bulk, p2p
+                self._loop.add_lane(bulk, collective=True)
+                self._loop.add_lane(p2p, collective=False)
+        world.on_failure(self._loop.fail)
+
+    # ---- collectives
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None) -> PendingWork:
+        checks.check_all_reduce(tensor, op, codec)
+        host = self._staging.to_host(tensor.detach())
+        flat = host.view(-1)
+        small = flat.nbytes <= self._plan.one_round_bytes and codec is None
+        span = flat.numel() if small else self._chunk_elements(flat) * self.world_size
+
+        def begin(wire: _PieceWire, piece: int) -> Steps:
+            part = flat[piece * span : (piece + 1) * span]
+            if small:
+                return mesh.one_round_all_reduce(wire, part, op)
+            chunks = list(part.tensor_split(self.world_size))
+            if codec is None:
+                return ring.ring_all_reduce(wire, chunks, op)
+            return mesh.mesh_all_reduce(wire, chunks, op, codec)
+
+        return self._collective(
+            frame.OP_ALL_REDUCE, flat, flat.numel(), begin,
+            pieces=_pieces(flat.numel(), span), reduce=op, codec=codec, restore=[(host, tensor)],
+        )  # fmt: skip
+
+    def reduce_scatter(
+        self, output: Tensor, input: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None
+    ) -> PendingWork:
+        checks.check_reduce_scatter(output, input, op, codec, self.world_size)
+        rows = self._staging.to_host(input.detach()).view(self.world_size, -1)
+        out = self._staging.to_host(output.detach())
+        span = self._chunk_elements(rows)
+
+        def begin(wire: _PieceWire, piece: int) -> Steps:
+            chunks = [row[piece * span : (piece + 1) * span] for row in rows]
+            if codec is None:
+                return ring.ring_reduce_scatter(wire, chunks, op)
+            return mesh.mesh_reduce_scatter(wire, chunks, op, codec)
+
+        return self._collective(
+            frame.OP_REDUCE_SCATTER, rows, rows.numel(), begin,
+            pieces=_pieces(rows.shape[1], span), reduce=op, codec=codec,
+            last=lambda: out.view(-1).copy_(rows[self.rank]), restore=[(out, output)],
+        )  # fmt: skip
+
+    def all_gather(self, output: Tensor, input: Tensor, codec: Codec | None = None) -> PendingWork:
+        checks.check_all_gather(output, input, codec, self.world_size)
+        host = self._staging.to_host(output.detach())
+        rows = host.view(self.world_size, -1)
+        rows[self.rank].copy_(self._staging.to_host(input.detach()).view(-1))
+        span = self._chunk_elements(rows)
+
+        def begin(wire: _PieceWire, piece: int) -> Steps:
+            chunks = [row[piece * span : (piece + 1) * span] for row in rows]
+            return ring.ring_all_gather(wire, chunks) if codec is None else mesh.mesh_all_gather(wire, chunks, codec)
+
+        return self._collective(
+            frame.OP_ALL_GATHER, rows, rows.numel(), begin,
+            pieces=_pieces(rows.shape[1], span), codec=codec, restore=[(host, output)],
+        )  # fmt: skip
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> PendingWork:
+        checks.check_broadcast(tensor, src, self.world_size)
+        host = self._staging.to_host(tensor.detach())
+        flat = host.view(-1)
+        span = self._chunk_elements(flat)
+
+        def begin(wire: _PieceWire, piece: int) -> Steps:
+            return ring.ring_broadcast(wire, flat[piece * span : (piece + 1) * span], src)
+
+        return self._collective(
+            frame.OP_BROADCAST, flat, flat.numel(), begin,
+            pieces=_pieces(flat.numel(), span), first_hop=src, restore=[(host, tensor)],
+        )  # fmt: skip
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_rows: Sequence[int] | None = None,
+        input_rows: Sequence[int] | None = None,
+    ) -> PendingWork:
+        rows_in, rows_out = checks.check_all_to_all(output, input, output_rows, input_rows, self.world_size)
+        host = self._staging.to_host(output.detach())
+        incoming = torch.split(host, rows_in)
+        outgoing = torch.split(self._staging.to_host(input.detach()), rows_out)
+        incoming[self.rank].copy_(outgoing[self.rank])
+        return self._collective(
+            frame.OP_ALL_TO_ALL, host, 0, lambda wire, piece: mesh.mesh_exchange(wire, outgoing, incoming),
+            pieces=1, restore=[(host, output)],
+        )  # fmt: skip
+
+    def all_to_all_ragged(self, inputs: Sequence[Tensor]) -> PendingWork:
+        checks.check_ragged(inputs, self.world_size)
+        return self._exchange(frame.OP_ALL_TO_ALL_RAGGED, [self._staging.to_host(tensor.detach()) for tensor in inputs])
+
+    def exchange(self, message: JsonValue, timeout: float | None = None) -> list[JsonValue]:
+        mine = torch.frombuffer(bytearray(checks.encode_message(message)), dtype=torch.uint8)
+        work = self._exchange(frame.OP_EXCHANGE, [mine] * self.world_size)
+        work.wait(timeout)
+        return [json.loads(bytes(raw_bytes(part))) for part in work.result()]
+
+    def barrier(self, timeout: float | None = None) -> None:
+        self._exchange(frame.OP_BARRIER, [torch.empty(0, dtype=torch.uint8)] * self.world_size).wait(timeout)
+
+    # ---- point-to-point
+
+    def send(self, tensor: Tensor, dst: int, tag: int) -> PendingWork:
+        checks.check_peer(self.rank, dst, tag, self.world_size, "dst")
+        checks.check_contiguous(tensor, "tensor")
+        host = self._staging.to_host(tensor.detach())
+        work = PendingWork(self._loop, lambda: f"send to rank {dst} tag {tag}", [])
+        dims = tuple(tensor.shape)
+        prelude = Prelude(
+            KIND_MESSAGE, 0, 0, dtype_code(host.dtype), 0, self.generation, tag, 0, 0, host.numel(), host.nbytes
+        )
+        buffers = [memoryview(frame.pack(prelude, dims)), raw_bytes(host)]
+        lane = self._message_lanes[dst]
+        self._loop.submit(work, lambda: lane.enqueue(buffers, on_sent=lambda: self._loop.finish(work)))
+        return work
+
+    def recv(self, src: int, tag: int, out: Tensor | None = None) -> PendingWork:
+        checks.check_peer(self.rank, src, tag, self.world_size, "src")
+        if out is not None:
+            checks.check_contiguous(out, "out")
+        target = out.detach() if out is not None else None
+        host = self._staging.to_host(target) if target is not None else None
+        results = [out] if out is not None else []
+        work = PendingWork(self._loop, lambda: f"recv from rank {src} tag {tag}", results)
+        inner = work
+        if out is not None and host is not None and host is not target:  # receive on the host, then copy to the device
+            inner = PendingWork(self._loop, lambda: f"recv from rank {src} tag {tag}", [])
+
+            def restore(done: object) -> None:
+                if inner.exception() is None:
+                    self._staging.from_host(host, out.detach())
+                work.finish(inner.exception(), [out])
+
+            inner.add_done_callback(restore)
+        self._loop.submit(inner, lambda: self._box.post(src, tag, inner, host))
+        return work
+
+    # ---- life
+
+    def split(self, ranks: Sequence[int], name: str) -> TcpCommunicator | None:
+        group = checks.check_split(ranks, self.world_size)
+        if self.rank not in group:
+            return None
+        members = [self._members[rank] for rank in group]
+        return TcpCommunicator(
+            self._world, ranks=members, name=f"{self._name}/{name}", plan=self._plan, staging=self._staging,
+            telemetry=self.telemetry,
+        )  # fmt: skip
+
+    def abort(self, error: SmolError) -> None:
+        """Ends the run on every rank: they all fail with `error`, of the same class where they know it."""
+        self._loop.fail(error)
+        self._world.abort(error)
+
+    def close(self) -> None:
+        self._loop.close()
+        if self._owns_world:
+            self._world.leave()
+            self._world.close()
+
+    # ---- helpers
+
+    def _broken(self, peer: int, error: SmolError) -> None:
+        self._world.suspect(self._members[peer], error)
+
+    def _chunk_elements(self, tensor: Tensor) -> int:
+        return max(1, self._plan.chunk_bytes // tensor.element_size())
+
+    def _exchange(self, operation: int, outgoing: list[Tensor]) -> PendingWork:
+        arrivals: list[Arrival] = []
+
+        def begin(wire: _PieceWire, piece: int) -> Steps:
+            for step in mesh.mesh_exchange(wire, outgoing, [None] * self.world_size):
+                arrivals.extend(step)
+                yield step
+
+        def collect() -> list[Tensor]:
+            found = {arrival.src: arrival.into for arrival in arrivals}
+            found[self.rank] = outgoing[self.rank].clone()  # the sender may go on to use its own
+            return [tensor for src in range(self.world_size) if (tensor := found[src]) is not None]
+
+        return self._collective(operation, outgoing[0], 0, begin, pieces=1, collect=collect)
+
+    def _collective(
+        self,
+        operation: int,
+        like: Tensor,
+        count: int,
+        begin: Callable[[_PieceWire, int], Steps],
+        *,
+        pieces: int,
+        reduce: ReduceOp | None = None,
+        codec: Codec | None = None,
+        first_hop: int = 0,
+        last: Callable[[], object] | None = None,
+        restore: Sequence[tuple[Tensor, Tensor]] = (),
+        collect: Callable[[], list[Tensor]] | None = None,
+    ) -> PendingWork:
+        """Queue a collective: `begin(wire, piece)` makes a piece's generator; then `last`, `restore`, …."""
+
+        def on_success() -> list[Tensor] | None:
+            if last is not None:
+                last()
+            for host, tensor in restore:
+                self._staging.from_host(host, tensor.detach())
+            return collect() if collect is not None else None
+
+        with self._order:
+            self._sequence += 1
+            prelude = Prelude(
+                KIND_COLLECTIVE, operation, int(reduce or 0), dtype_code(like.dtype), CODECS[codec.name] if codec else 0,
+                self.generation, 0, 0, self._sequence, count, 0,
+            )  # fmt: skip
+            work = PendingWork(self._loop, prelude.describe, [tensor for _, tensor in restore])
+            shapes = operation in (frame.OP_ALL_TO_ALL_RAGGED, frame.OP_EXCHANGE, frame.OP_BARRIER)
+
+            def start(call: Call, piece: int) -> Steps:
+                return begin(_PieceWire(self, prelude, piece, shapes, first_hop), piece)
+
+            call = Call(work, prelude, pieces, start, window=self._plan.window, on_success=on_success)
+            if self.world_size == 1:
+                for piece in range(pieces):
+                    for _ in start(call, piece):
+                        pass
+                work.finish(results=on_success())
+            else:
+                self._loop.submit(work, lambda: self._loop.enqueue_call(call))
+        return work
+
+
+class _PieceWire:
+    """See wire.Wire: numbers the hops to and from each peer within one piece."""
+
+    __slots__ = ("_comm", "_first_hop", "_piece", "_prelude", "_received", "_sent", "_shapes", "rank", "world_size")
+
+    def __init__(self, comm: TcpCommunicator, prelude: Prelude, piece: int, shapes: bool, first_hop: int) -> None:
+        self.rank = comm.rank
+        self.world_size = comm.world_size
+        self._comm = comm
+        self._prelude = prelude
+        self._piece = piece
+        self._shapes = shapes  # frames carry their tensor's shape, and count is that tensor's
+        self._first_hop = first_hop  # broadcast: its source, so that ranks which name different ones notice
+        self._sent: dict[int, int] = {}
+        self._received: dict[int, int] = {}
+
+    def send(self, dst: int, data: Tensor) -> None:
+        hop = self._sent.get(dst, self._first_hop)
+        self._sent[dst] = hop + 1
+        p = self._prelude
+        prelude = Prelude(
+            p.kind, p.operation, p.reduce, p.dtype, p.codec, p.generation, self._piece, hop, p.sequence,
+            data.numel() if self._shapes else p.count, data.nbytes,
+        )  # fmt: skip
+        head = frame.pack(prelude, tuple(data.shape) if self._shapes else ())
+        self._comm._collective_lanes[dst].enqueue([memoryview(head), raw_bytes(data)])
+
+    def expect(self, src: int, into: Tensor | None) -> Arrival:
+        hop = self._received.get(src, self._first_hop)
+        self._received[src] = hop + 1
+        return Arrival(src, into, hop)
+
+
+def _pieces(elements: int, span: int) -> int:
+    return max(1, -(-elements // max(1, span)))

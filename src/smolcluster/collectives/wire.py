@@ -1,0 +1,65 @@
+"""What a collective algorithm (ring.py, mesh.py) sees of the network: send, and wait for what was sent.
+
+An algorithm is a generator. It queues sends, and yields the arrivals that it needs before it can go on:
+
+    wire.send(right, chunk)
+    yield [wire.expect(left, into=scratch)]
+    chunk += scratch
+
+The communicator's loop (progress.py) runs many such generators at once, one for each piece of a tensor, on one thread,
+so that sending, receiving and adding overlap. A sent tensor may not be changed before the receiver must have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from smolcluster.collectives.base import ReduceOp
+
+
+class Arrival:
+    """A payload that is expected from one rank, received straight into `into` (flat, contiguous, CPU)."""
+
+    __slots__ = ("arrived", "hop", "into", "src")
+
+    def __init__(self, src: int, into: Tensor | None, hop: int) -> None:
+        self.src = src
+        self.into = into  # None: allocated from the frame's own shape
+        self.hop = hop
+        self.arrived = False
+
+
+Steps = Generator[Sequence[Arrival], None, None]
+
+
+class Wire(Protocol):
+    """The network for one piece of one collective."""
+
+    rank: int
+    world_size: int
+
+    def send(self, dst: int, data: Tensor) -> None:
+        """Queue a contiguous CPU tensor for `dst`; returns at once."""
+        ...
+
+    def expect(self, src: int, into: Tensor | None) -> Arrival:
+        """Say where the next payload from `src` belongs."""
+        ...
+
+
+def combine(target: Tensor, incoming: Tensor, op: ReduceOp) -> None:
+    """target = target (op) incoming, in place. AVG adds here and divides once, at the end."""
+    if op == ReduceOp.MAX:
+        torch.maximum(target, incoming, out=target)
+    else:
+        target.add_(incoming)
+
+
+def finish_average(target: Tensor, op: ReduceOp, world_size: int) -> None:
+    """The division of AVG, in place."""
+    if op == ReduceOp.AVG:
+        target.div_(world_size)

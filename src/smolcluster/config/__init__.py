@@ -1,0 +1,23 @@
+"""What the user writes: schema, loading with precedence, presets, and the machines of a cluster file."""
+
+from smolcluster.config.hosts import Host, members
+from smolcluster.config.load import Resolved, load_config
+from smolcluster.config.schema import (
+    Config,
+    resolved_batch_size,
+    resolved_epochs,
+    resolved_staleness_bound,
+    total_steps,
+)
+
+__all__ = [
+    "Config",
+    "Host",
+    "Resolved",
+    "load_config",
+    "members",
+    "resolved_batch_size",
+    "resolved_epochs",
+    "resolved_staleness_bound",
+    "total_steps",
+]

@@ -1,0 +1,31 @@
+"""One micro-batch of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# The field's own "no target here" (torch.nn.functional.cross_entropy's default ignore_index).
+NO_TARGET = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples that one rank computes at once.
+
+    Attributes:
+        inputs: (B, ...) pixels (float) or token ids (int64), on CPU. B may be 0: this rank has nothing to do.
+        targets: (B,) or (B, T) int64; NO_TARGET where nothing is to be predicted.
+        planned_count: how many targets the whole step has, over all ranks and micro-batches, as the sampler plans
+            it. The same number on every rank. 0: unknown; the step then scales by what it counts.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    planned_count: int = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples in this micro-batch."""
+        return int(self.inputs.shape[0])

@@ -1,0 +1,112 @@
+"""Which samples a rank computes in which step: a pure function of (length, global batch, seed, shares, step, rank).
+
+An epoch is a permutation of all samples, drawn from (seed, epoch). Step after step takes the next `global_batch` of
+it, the last step of an epoch what is left. A rank's samples are a consecutive part of the step's. So the number of
+ranks and their shares decide who computes a sample, never when; and a run that resumes at step t needs nothing but t.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smolcluster.errors import ConfigError, DataError
+
+
+class Sampler:
+    """Deals the samples of each step. All methods may be called from any thread."""
+
+    def __init__(self, length: int, global_batch: int, seed: int, shares: Sequence[float] | int = 1) -> None:
+        """Describe the deal.
+
+        Args:
+            length: samples in the dataset.
+            global_batch: samples of one step over all ranks.
+            seed: the run's seed.
+            shares: the ranks' relative weights, in rank order; a number of ranks: equal weights.
+
+        Raises:
+            DataError: the dataset is empty.
+            ConfigError: the batch or the shares make no sense.
+        """
+        if length < 1:
+            raise DataError("the dataset has no samples to train on. Choose another data.dataset or data.path")
+        if global_batch < 1:
+            raise ConfigError(f"the global batch is {global_batch} samples; training.batch_size must be at least 1")
+        self.length = length
+        self.global_batch = global_batch
+        self.seed = seed
+        self.weights = _checked_weights([1.0] * shares if isinstance(shares, int) else shares)
+        self._epoch_order: tuple[int, Tensor] | None = None  # replaced whole: safe between threads
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that samples are dealt to."""
+        return len(self.weights)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every sample was used once; the last one may be smaller."""
+        return -(-self.length // self.global_batch)
+
+    def global_indices(self, step: int) -> Tensor:
+        """The samples of a step over all ranks: (n,) int64, n = global_batch or, at the end of an epoch, less."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.global_batch
+        return self._order(epoch)[start : start + self.global_batch]
+
+    def rank_indices(self, step: int, rank: int) -> Tensor:
+        """The part of `global_indices(step)` that `rank` computes: (m,) int64, m may be 0."""
+        indices = self.global_indices(step)
+        counts = split_by_shares(len(indices), self.weights)
+        start = sum(counts[:rank])
+        return indices[start : start + counts[rank]]
+
+    def _order(self, epoch: int) -> Tensor:
+        cached = self._epoch_order
+        if cached is None or cached[0] != epoch:
+            cached = (epoch, seeded_permutation(self.length, self.seed, epoch))
+            self._epoch_order = cached
+        return cached[1]
+
+
+def seeded_permutation(length: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of 0 to length - 1, (length,) int64, the same on every platform and version of torch and numpy.
+
+    It sorts raw 64-bit words of Philox, a stream that numpy keeps fixed. `torch.randperm` promises nothing from
+    version to version, and the machines of one cluster need not run the same one.
+    """
+    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
+    words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(length)
+    return torch.from_numpy(np.argsort(words, kind="stable").astype(np.int64, copy=False))
+
+
+def split_by_shares(count: int, weights: Sequence[float]) -> list[int]:
+    """Split `count` things in proportion to `weights`: whole numbers that add up exactly (largest remainder).
+
+    Computed in fractions, so that no rounding can make two ranks disagree. Equal remainders: the lower rank first.
+    """
+    exact = [Fraction(weight) for weight in weights]
+    total = sum(exact)
+    quotas = [count * weight / total for weight in exact]
+    counts = [math.floor(quota) for quota in quotas]
+    by_remainder = sorted(range(len(quotas)), key=lambda rank: counts[rank] - quotas[rank])
+    for rank in by_remainder[: count - sum(counts)]:
+        counts[rank] += 1
+    return counts
+
+
+def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    valid = all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    if not weights or not valid or not any(weight > 0 for weight in weights):
+        raise ConfigError(
+            f"cluster.shares gives the ranks the weights {list(weights)}; they must be finite, none below 0 and at "
+            "least one above 0. Use `even`, or one positive number for each rank"
+        )
+    return tuple(weights)

@@ -1,0 +1,323 @@
+"""GPT: a decoder-only transformer in the shape of GPT-2, whose weights it can take over and give away.
+
+Learned positions, layer norm before each sub-layer, tanh-GELU, biases everywhere, and a head that is the token
+embedding itself (tied). Names carry their shape:
+
+    B batch   T time (tokens)   D model   H heads   K head dim   F feed-forward   V vocab
+
+Source    Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3
+"""
+
+# ruff: noqa: N803, N806 - shape suffixes are capitals
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolcluster.errors import CheckpointError, ConfigError
+from smolcluster.models.init import InitRule, init_parameters
+
+NORM_EPS = 1e-5  # GPT-2's; another value gives other logits from the same weights
+# GPT-2's. With a tied head, torch's default of 1 for embeddings makes denormals, and a CPU step 12 times slower.
+INIT_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class GPTConfig:
+    """The sizes of a GPT.
+
+    Attributes:
+        vocab_size: V, number of token ids.
+        model_dim: D, width of the residual stream.
+        num_layers: number of blocks.
+        num_heads: H; divides model_dim.
+        ff_dim: F, width of the feed-forward layer; 4 * model_dim in GPT-2.
+        dropout: probability, on embeddings, attention weights and both sub-layers' outputs.
+        max_seq_len: longest sequence in tokens.
+    """
+
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    ff_dim: int
+    dropout: float
+    max_seq_len: int
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "model_dim", "num_layers", "num_heads", "ff_dim", "max_seq_len"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.model_dim % self.num_heads:
+            raise ConfigError(
+                f"model.model_dim {self.model_dim} is not a multiple of model.num_heads {self.num_heads}. "
+                "Change one of them, so that every head gets the same width"
+            )
+
+
+class Attention(nn.Module):
+    """Causal self-attention of several heads, with one matrix product for queries, keys and values."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.model_dim, 3 * config.model_dim)
+        self.projection = nn.Linear(config.model_dim, config.model_dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D); position t sees positions 0 to t."""
+        qkv_BTHK = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q_BHTK, k_BHTK, v_BHTK = (part_BTHK.transpose(1, 2) for part_BTHK in qkv_BTHK)
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BHTK, v_BHTK, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
+        out_BTD: Tensor = self.projection(out_BHTK.transpose(1, 2).flatten(-2))
+        return out_BTD
+
+
+class FeedForward(nn.Module):
+    """Each position by itself: D to F, tanh-GELU, F to D."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.model_dim, config.ff_dim)
+        self.down = nn.Linear(config.ff_dim, config.model_dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        out_BTD: Tensor = self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+        return out_BTD
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.model_dim, eps=NORM_EPS)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.model_dim, eps=NORM_EPS)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+        # Each of the 2 * num_layers sub-layers adds to the residual stream; its width shall not grow with them.
+        self._residual_std = INIT_STD / (2 * config.num_layers) ** 0.5
+
+    def init_rule(self, name: str) -> InitRule:
+        """GPT-2's: normal weights, narrower where they write to the residual stream; biases 0, norms 1."""
+        if name in ("attention.projection.weight", "feed_forward.down.weight"):
+            return InitRule("normal", self._residual_std)
+        return _plain_rule(name)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD)))
+        out_BTD: Tensor = x_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        return out_BTD
+
+
+class GPT(nn.Module):
+    """Token ids to logits over the next token, at every position."""
+
+    def __init__(self, config: GPTConfig, seed: int = 0) -> None:
+        """Build and initialise the model.
+
+        Args:
+            config: the sizes.
+            seed: with the parameter's name it decides each parameter's initial value.
+        """
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.model_dim)
+        self.position_embedding = nn.Embedding(config.max_seq_len, config.model_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.model_dim, eps=NORM_EPS)
+        init_parameters(self, seed)
+
+    def init_rule(self, name: str) -> InitRule:
+        """Embeddings and the last norm; a block has its own rule."""
+        return _plain_rule(name)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens_BT: (B, T) int64 with T <= max_seq_len; B may be 0.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            ConfigError: T is more than max_seq_len.
+        """
+        return self.head(self.hidden(tokens_BT))
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) ids to (B, T, D): all but the head, which costs the most where the vocabulary is large."""
+        time = tokens_BT.shape[1]
+        if time > self.config.max_seq_len:
+            raise ConfigError(
+                f"a sequence of {time} tokens is longer than model.max_seq_len {self.config.max_seq_len}. "
+                "Cut it, or train with a larger model.max_seq_len"
+            )
+        positions_T = torch.arange(time, device=tokens_BT.device)
+        x_BTD = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        out_BTD: Tensor = self.norm(x_BTD)
+        return out_BTD
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """(..., D) to logits (..., V), with the token embedding as the matrix: the weights are tied."""
+        return F.linear(x_BTD, self.token_embedding.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens_BT: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> Tensor:
+        """Continue each sequence, token by token. Plain: every token runs the whole context again (no KV cache).
+
+        Blocks; dropout is off meanwhile. A context longer than max_seq_len is cut to its last max_seq_len tokens.
+
+        Args:
+            tokens_BT: (B, T) int64 on the model's device, T at least 1.
+            max_new_tokens: how many to append.
+            temperature: divides the logits; 0 takes the likeliest token always.
+            top_k: sample from the k likeliest tokens; None: from all.
+            seed: of the sampling; the same on every device, as tokens are drawn on the CPU.
+
+        Returns:
+            (B, T + max_new_tokens), the given tokens first.
+
+        Raises:
+            ConfigError: no token to continue from, a negative temperature, or top_k below 1.
+        """
+        _check_sampling(tokens_BT, temperature, top_k)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                last_BD = self.hidden(tokens_BT[:, -self.config.max_seq_len :])[:, -1]
+                next_B = _sample(self.head(last_BD).float().cpu(), temperature, top_k, generator)
+                tokens_BT = torch.cat([tokens_BT, next_B[:, None].to(tokens_BT)], dim=1)
+        finally:
+            self.train(was_training)
+        return tokens_BT
+
+    def export_state_dict(self) -> dict[str, Tensor]:
+        """The weights under GPT-2's names and in its layout, as transformers' GPT2LMHeadModel.state_dict().
+
+        Linear weights lie transposed there (its Conv1D is x @ weight). Tensors share memory with the model where the
+        layout allows; `lm_head.weight` is the same tensor as `transformer.wte.weight`.
+        """
+        own = self.state_dict()
+        exported = {
+            name: (own[own_name].t().contiguous() if transposed else own[own_name])
+            for name, own_name, transposed in _export_names(self.config.num_layers)
+        }
+        exported["lm_head.weight"] = exported["transformer.wte.weight"]
+        return exported
+
+    def load_exported(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over weights under GPT-2's names, converted to this model's dtype; `lm_head.weight` may be absent.
+
+        Raises:
+            CheckpointError: a name is missing or unknown, a shape differs, or the head is not tied. The model is
+                then unchanged.
+        """
+        own = self.state_dict()
+        table = list(_export_names(self.config.num_layers))
+        incoming = dict(tensors)
+        head = incoming.pop("lm_head.weight", None)
+        _check_names({name for name, _, _ in table}, set(incoming))
+        values = {}
+        for name, own_name, transposed in table:
+            value = incoming[name].t() if transposed and incoming[name].dim() == 2 else incoming[name]
+            if value.shape != own[own_name].shape:
+                want = own[own_name].t().shape if transposed else own[own_name].shape
+                raise CheckpointError(
+                    f"tensor {name} has shape {tuple(incoming[name].shape)}, but the model's sizes need "
+                    f"{tuple(want)}. Set the model's sizes to those of the checkpoint"
+                )
+            values[own_name] = value
+        if head is not None and not torch.equal(head, incoming["transformer.wte.weight"]):
+            raise CheckpointError(
+                "lm_head.weight differs from transformer.wte.weight: the checkpoint's head is not tied to its "
+                "embedding, and model.type gpt has only tied heads. Use model.type hf"
+            )
+        with torch.no_grad():
+            for own_name, value in values.items():
+                own[own_name].copy_(value)
+
+
+def _plain_rule(name: str) -> InitRule:
+    if name.endswith(".bias"):
+        return InitRule("zeros")
+    if name.endswith("norm.weight"):
+        return InitRule("ones")
+    return InitRule("normal", INIT_STD)
+
+
+def _check_sampling(tokens_BT: Tensor, temperature: float, top_k: int | None) -> None:
+    if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
+        raise ConfigError(
+            f"generate needs tokens of shape (B, T) with T at least 1, got {tuple(tokens_BT.shape)}. "
+            "Give a prompt of at least one token; for one sequence, tokens[None]"
+        )
+    if temperature < 0.0:
+        raise ConfigError(f"temperature is {temperature}; it must be at least 0 (0: always the likeliest token)")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k is {top_k}; it must be at least 1, or None to sample from all tokens")
+
+
+def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    if temperature == 0.0:
+        return logits_BV.argmax(dim=-1)
+    logits_BV = logits_BV / temperature
+    if top_k is not None:
+        kept_BV, ids_BV = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1)
+        logits_BV = torch.full_like(logits_BV, float("-inf")).scatter(-1, ids_BV, kept_BV)
+    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def _export_names(num_layers: int) -> Iterator[tuple[str, str, bool]]:
+    """(GPT-2's name, own name, whether it lies transposed there), in GPT-2's order, without the tied head."""
+    yield "transformer.wte.weight", "token_embedding.weight", False
+    yield "transformer.wpe.weight", "position_embedding.weight", False
+    for index in range(num_layers):
+        for part, own_part, is_linear in (
+            ("ln_1", "attention_norm", False),
+            ("attn.c_attn", "attention.qkv", True),
+            ("attn.c_proj", "attention.projection", True),
+            ("ln_2", "feed_forward_norm", False),
+            ("mlp.c_fc", "feed_forward.up", True),
+            ("mlp.c_proj", "feed_forward.down", True),
+        ):
+            yield f"transformer.h.{index}.{part}.weight", f"blocks.{index}.{own_part}.weight", is_linear
+            yield f"transformer.h.{index}.{part}.bias", f"blocks.{index}.{own_part}.bias", False
+    yield "transformer.ln_f.weight", "norm.weight", False
+    yield "transformer.ln_f.bias", "norm.bias", False
+
+
+def _check_names(wanted: set[str], given: set[str]) -> None:
+    missing, unknown = sorted(wanted - given), sorted(given - wanted)
+    if missing or unknown:
+        raise CheckpointError(
+            f"the tensors do not fit the model: {len(missing)} missing (first: {missing[:3]}), {len(unknown)} "
+            f"unknown (first: {unknown[:3]}). Set model.num_layers to the checkpoint's; names are those of "
+            "transformers' GPT2LMHeadModel"
+        )

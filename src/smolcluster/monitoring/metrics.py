@@ -1,0 +1,76 @@
+"""`metrics.jsonl`: one JSON object per rank and step, on disk as soon as it is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from smolcluster.errors import TrainingStopped
+from smolcluster.kinds import JsonObject, JsonValue
+
+
+class MetricsFile:
+    """Appends rows. For one thread."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        # Line-buffered: a reader, or whoever looks after a crash, finds every finished step.
+        self._file = path.open("a", encoding="utf-8", buffering=1, newline="\n")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, row: JsonObject) -> None:
+        """Append one row. Numbers that JSON does not know (NaN, infinity) become null.
+
+        Raises:
+            TrainingStopped: the disk is full or the file cannot be written.
+        """
+        try:
+            self._file.write(json_line(row))
+        except OSError as exc:
+            raise TrainingStopped(
+                f"the metrics cannot be written to {self._path} ({exc.strerror or exc}). Free some space, or give --out "
+                "a folder on another disk"
+            ) from exc
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def json_line(value: JsonValue) -> str:
+    """`value` as one line of valid JSON, with null for NaN and infinity."""
+    try:
+        return json.dumps(value, allow_nan=False) + "\n"
+    except ValueError:  # rare: looking for them in every row would cost more
+        return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def read_rows(path: Path) -> Iterator[JsonObject]:
+    """The rows of a `metrics.jsonl`; a last line that a crash cut off is left out."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
+
+
+def _finite(value: JsonValue) -> JsonValue:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value

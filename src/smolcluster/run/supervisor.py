@@ -1,0 +1,364 @@
+"""Start the processes of a run on this machine and see every one of them to its end.
+
+Each child gets its first message (the bootstrap) as a JSON line on stdin, answers with JSON lines on stdout, and writes
+everything else to its log file. stdin stays open as a lifeline: when this process goes away, however it goes, the
+children read end-of-file and leave. One thread per child reads its stdout, one waits for its end; both put what they
+saw into one queue, which `Supervisor.run` works off. So nothing is polled.
+
+To a child     {"command": "leader", "address": …}   {"command": "stop"}   {"command": "abort", "rank": …, "message": …}
+From a child   {"event": "error", "message": …, "exit_code": …, "consequence": …} and whatever the caller understands
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
+
+from smolcluster.kinds import JsonObject
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 3
+EXIT_INTERRUPTED = 130
+
+# Ctrl-C ends within 10 s (CONTRACT section 2). The rest of the ten seconds is for killing, summary and picture.
+STOP_GRACE_S = 8.0
+# A lost rank ends the run within patience + 2 s. What a rank reports as a consequence ("rank 1 is gone") comes after
+# the patience has passed, so then little more than a second is left for the others to leave by themselves.
+CONSEQUENCE_GRACE_S = 1.5
+# On Windows a waiting main thread is not woken by Ctrl-C: it has to look up now and then for the handler to run.
+_LONGEST_WAIT_S = 0.2 if os.name == "nt" else None
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """How one rank is started.
+
+    Attributes:
+        rank: its rank, for messages.
+        command: program and arguments. Nothing secret: every user of the machine can read them.
+        bootstrap: its first message on stdin; may be secret.
+        log_path: where its stderr goes, appended.
+        environment: added to this process's environment. Nothing secret.
+    """
+
+    rank: int
+    command: Sequence[str]
+    bootstrap: JsonObject
+    log_path: Path
+    environment: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a rank failed.
+
+    Attributes:
+        rank: which one.
+        message: one or two lines for the user.
+        exit_code: what the whole run should exit with.
+        consequence: True when the rank only noticed that another one failed.
+        died: True when the process ended without a word.
+    """
+
+    rank: int
+    message: str
+    exit_code: int
+    consequence: bool = False
+    died: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it ended: `failure` is the first cause, `failures` all in the order in which they were seen."""
+
+    exit_code: int
+    failure: Failure | None
+    failures: tuple[Failure, ...]
+    interrupted: bool
+    killed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    rank: int
+    message: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    rank: int
+    returncode: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Interrupted:
+    signum: int
+
+
+_Seen = _Said | _Ended | _Interrupted
+
+
+class _Child:
+    """One process, its two threads and its stdin."""
+
+    def __init__(self, spec: ChildSpec, seen: SimpleQueue[_Seen]) -> None:
+        self.rank = spec.rank
+        self.log_path = spec.log_path
+        self.ended = False
+        self.killed = False
+        self._seen = seen
+        spec.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with spec.log_path.open("ab") as log:
+            self.log_offset = log.tell()
+            self._process = subprocess.Popen(
+                list(spec.command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **spec.environment} if spec.environment else None,
+                # A group of its own: the terminal's Ctrl-C reaches only this process, which then tells the children.
+                start_new_session=True,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        self.pid = self._process.pid
+        self._reader = threading.Thread(target=self._read, name=f"rank{self.rank}-stdout", daemon=True)
+        self._waiter = threading.Thread(target=self._wait, name=f"rank{self.rank}-wait", daemon=True)
+        self._reader.start()
+        self._waiter.start()
+        self.tell(spec.bootstrap)
+
+    def tell(self, message: JsonObject) -> None:
+        """Write one line to the child. A child that is gone is reported by its waiter, not here."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError):
+            logger.debug("rank %d did not take a message", self.rank)
+
+    def kill(self) -> None:
+        """End the process, and on POSIX all that it started, at once."""
+        if self.ended:
+            return
+        self.killed = True
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
+
+    def close(self) -> None:
+        """Release pipes and threads of a process that has ended."""
+        # join before closing stdout: the reader may still sit in a read there
+        self._waiter.join(timeout=5)
+        self._reader.join(timeout=5)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                logger.warning("rank %d wrote a line that is not JSON", self.rank)
+                continue
+            if isinstance(message, dict):
+                self._seen.put(_Said(self.rank, message))
+
+    def _wait(self) -> None:
+        returncode = self._process.wait()
+        # What it said last comes first in the queue. The limit is for a grandchild that keeps stdout open.
+        self._reader.join(timeout=1)
+        self._seen.put(_Ended(self.rank, returncode))
+
+
+class Supervisor:
+    """Runs children to their end. Use once; the calling thread must be the main thread for Ctrl-C to be handled.
+
+    Args:
+        specs: the children, in rank order.
+        on_message: called on the calling thread with (rank, message) for everything but errors.
+        patience: seconds that a failed run gets to end by itself before what is left is killed.
+        on_stop: called once, when the user first asks to stop.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ChildSpec],
+        on_message: Callable[[int, JsonObject], None],
+        *,
+        patience: float,
+        on_stop: Callable[[], None] | None = None,
+    ) -> None:
+        self._specs = specs
+        self._on_message = on_message
+        self._on_stop = on_stop
+        self._patience = patience
+        self._seen: SimpleQueue[_Seen] = SimpleQueue()  # its put may be called from a signal handler
+        self._children: list[_Child] = []
+        self._failures: list[Failure] = []
+        self._deadline: float | None = None
+        self._interrupts = 0
+
+    def tell(self, rank: int, message: JsonObject) -> None:
+        """Send `message` to one child."""
+        for child in self._children:
+            if child.rank == rank:
+                child.tell(message)
+
+    def run(self) -> Outcome:
+        """Start all children and block until the last one has ended. No child is left when it returns or raises."""
+        with self._signals():
+            try:
+                for spec in self._specs:
+                    self._children.append(_Child(spec, self._seen))
+                while any(not child.ended for child in self._children):
+                    self._handle(self._next())
+            finally:
+                self._kill()
+                for child in self._children:
+                    child.close()
+        return self._outcome()
+
+    def _next(self) -> _Seen | None:
+        """The next thing seen, or None at the deadline."""
+        while True:
+            left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            waits = [wait for wait in (left, _LONGEST_WAIT_S) if wait is not None]
+            try:
+                return self._seen.get(timeout=min(waits) if waits else None)
+            except Empty:
+                if self._deadline is not None and time.monotonic() >= self._deadline:
+                    return None
+
+    def _handle(self, seen: _Seen | None) -> None:
+        if seen is None:
+            self._kill()
+            self._deadline = None  # only the ends of the killed are still to come
+        elif isinstance(seen, _Interrupted):
+            self._interrupt(seen.signum)
+        elif isinstance(seen, _Said):
+            if seen.message.get("event") == "error":
+                self._fail(_reported(seen.rank, seen.message))
+            else:
+                self._on_message(seen.rank, seen.message)
+        else:
+            self._end(seen)
+
+    def _end(self, seen: _Ended) -> None:
+        child = next(child for child in self._children if child.rank == seen.rank)
+        child.ended = True
+        logger.info("rank ended rank=%d returncode=%d", seen.rank, seen.returncode)
+        stopped = self._interrupts > 0 and seen.returncode == EXIT_INTERRUPTED
+        explained = any(failure.rank == seen.rank for failure in self._failures)
+        if seen.returncode != 0 and not (stopped or explained or child.killed):
+            self._fail(Failure(seen.rank, _epitaph(child, seen.returncode), EXIT_FAILED, died=True))
+
+    def _fail(self, failure: Failure) -> None:
+        known = self._cause()
+        self._failures.append(failure)
+        logger.error("rank failed rank=%d message=%s", failure.rank, failure.message)
+        if self._interrupts or (known is not None and not known.consequence):
+            return
+        grace = CONSEQUENCE_GRACE_S if failure.consequence else self._patience
+        deadline = time.monotonic() + grace
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        for child in self._children:
+            if child.rank != failure.rank and not child.ended:
+                child.tell({"command": "abort", "rank": failure.rank, "message": failure.message})
+
+    def _interrupt(self, signum: int) -> None:
+        self._interrupts += 1
+        logger.info("asked to stop signal=%d times=%d", signum, self._interrupts)
+        if self._interrupts > 1:
+            self._kill()
+            return
+        deadline = time.monotonic() + STOP_GRACE_S
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        for child in self._children:
+            child.tell({"command": "stop"})
+        if self._on_stop is not None:
+            self._on_stop()
+
+    def _kill(self) -> None:
+        for child in self._children:
+            child.kill()
+
+    def _cause(self) -> Failure | None:
+        """The first rank that failed of itself; where all only point at others, the first of these."""
+        causes = [failure for failure in self._failures if not failure.consequence] or self._failures
+        return causes[0] if causes else None
+
+    def _outcome(self) -> Outcome:
+        cause = self._cause()
+        interrupted = self._interrupts > 0
+        if interrupted:
+            # Ranks that leave one after the other see each other go: that is no failure worth a word.
+            cause = None if cause is None or cause.consequence else cause
+            exit_code = EXIT_INTERRUPTED
+        else:
+            exit_code = 0 if cause is None else cause.exit_code
+        killed = tuple(child.rank for child in self._children if child.killed)
+        return Outcome(exit_code, cause, tuple(self._failures), interrupted, killed)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C, SIGTERM and a closed terminal become entries of the queue while the children run."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            self._seen.put(_Interrupted(signum))
+
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+        signums = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        previous = {signum: signal.signal(signum, note) for signum in signums}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def _reported(rank: int, message: JsonObject) -> Failure:
+    code = message.get("exit_code")
+    return Failure(
+        rank=rank,
+        message=str(message.get("message", "failed without a message")),
+        exit_code=code if isinstance(code, int) and code != 0 else EXIT_FAILED,
+        consequence=bool(message.get("consequence", False)),
+    )
+
+
+def _epitaph(child: _Child, returncode: int) -> str:
+    how = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
+    last = _last_line(child.log_path, child.log_offset)
+    return f"rank {child.rank} died ({how}){': ' + last if last else ''}. Its log: {child.log_path}"
+
+
+def _last_line(path: Path, offset: int) -> str:
+    """The last line of a program that died with a Python traceback; nothing for other logs."""
+    with contextlib.suppress(OSError):
+        with path.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(offset, end - 4096))
+            text = log.read().decode("utf-8", "replace")
+        if "Traceback (most recent call last)" in text:
+            return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+    return ""

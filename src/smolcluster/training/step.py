@@ -1,0 +1,286 @@
+"""The parts of a training step that algorithms share.
+
+A step's gradient is that of the *sum* of the losses times `scale`, and scale is one over the number of targets of
+the whole step, over all ranks and micro-batches. So gradients of ranks and of micro-batches are simply added, however
+unequal they are, and the result is the gradient of the global mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolcluster.data.batch import NO_TARGET, Batch
+from smolcluster.errors import ConfigError, TrainingStopped
+from smolcluster.kinds import Precision as Precision
+from smolcluster.telemetry import Telemetry
+
+# A list of them, or one pair of tensors as a DataLoader gives it.
+MicroBatches = Sequence[Batch | Sequence[Tensor] | Tensor]
+
+_AUTOCAST_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step gave, the same on every rank.
+
+    Attributes:
+        step: the step's number, from 0.
+        loss: mean loss over all targets of all ranks, at the weights that the step computed on.
+        count: targets over all ranks.
+        samples: samples over all ranks.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate that the update used.
+        applied: False when the gradient was not finite and the update was skipped.
+        stop: True when some rank asked to stop.
+    """
+
+    step: int
+    loss: float
+    count: int
+    samples: int
+    grad_norm: float
+    lr: float
+    applied: bool = True
+    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSums:
+    """Sums over evaluation targets: exact on ragged ends, to be added over batches and ranks."""
+
+    loss_sum: float
+    count: int
+    correct: int
+
+    def __add__(self, other: EvalSums) -> EvalSums:
+        return EvalSums(self.loss_sum + other.loss_sum, self.count + other.count, self.correct + other.correct)
+
+
+def prepare_model(model: nn.Module, precision: Precision, device: torch.device | str) -> nn.Module:
+    """Move the model to `device` and set it to training; "fp64" also makes its parameters float64.
+
+    "bf16" and "fp16" keep the parameters as they are and compute in half precision under autocast.
+    """
+    model = model.to(device=device, dtype=torch.float64 if precision == "fp64" else None)
+    return model.train()
+
+
+def as_batches(micro_batches: MicroBatches | Batch) -> list[Batch]:
+    """What the user gave as micro-batches: Batches, (inputs, targets) pairs, or a single one of either.
+
+    Raises:
+        ConfigError: there is none, or one is no pair of tensors.
+    """
+    if isinstance(micro_batches, Batch) or _is_pair(micro_batches):
+        return [_as_batch(micro_batches)]
+    if not micro_batches:
+        raise ConfigError(
+            "train_step was called with no micro-batch. A rank with nothing to compute passes one of 0 samples, "
+            "so that all ranks scale alike."
+        )
+    return [_as_batch(batch) for batch in micro_batches]
+
+
+def _as_batch(batch: object) -> Batch:
+    if isinstance(batch, Batch):
+        return batch
+    if _is_pair(batch):
+        return Batch(batch[0], batch[1])
+    raise ConfigError(
+        f"a micro-batch is a {type(batch).__name__}. Pass smolcluster.data.batch.Batch or a pair of tensors "
+        f"(inputs, targets)."
+    )
+
+
+def _is_pair(batch: object) -> TypeGuard[Sequence[Tensor]]:
+    return isinstance(batch, (list, tuple)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
+
+
+def count_targets(batches: Iterable[Batch]) -> int:
+    """Targets that carry a loss: every one but NO_TARGET."""
+    return sum(int(torch.count_nonzero(batch.targets != NO_TARGET)) for batch in batches)
+
+
+def forward_backward(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    scale: float,
+    precision: Precision = "fp32",
+    *,
+    device: torch.device | str = "cpu",
+    before_last: Callable[[Tensor], None] | None = None,
+    telemetry: Telemetry | None = None,
+) -> Tensor:
+    """Add the gradient of `scale` times the summed loss of all micro-batches to the parameters' `.grad`.
+
+    Micro-batches without samples are passed over. Does not wait for the device.
+
+    Args:
+        model: maps inputs to logits, (B, C) or (B, T, V).
+        batches: this rank's micro-batches, on any device.
+        scale: one over the targets of the whole step, times the loss scale with fp16.
+        precision: "fp64" also converts floating-point inputs; "bf16" and "fp16" compute under autocast.
+        device: where the model is.
+        before_last: called with the summed loss when only the last micro-batch's backward remains; not called
+            if no micro-batch has samples. This is where gradient hooks are armed.
+        telemetry: gets a "forward" and a "backward" span per micro-batch.
+
+    Returns:
+        The summed loss without `scale`, (), on `device`.
+    """
+    batches = [batch for batch in batches if batch.samples]
+    loss_sum: Tensor | None = None
+    for i, batch in enumerate(batches):
+        with telemetry.span("forward") if telemetry else contextlib.nullcontext():
+            loss = _summed_loss(model, batch, precision, device)[0]
+        detached = loss.detach()
+        loss_sum = detached if loss_sum is None else loss_sum + detached
+        if before_last is not None and i == len(batches) - 1:
+            before_last(loss_sum)
+        with telemetry.span("backward") if telemetry else contextlib.nullcontext():
+            # The scale enters as the loss's own gradient: one node of the graph less than a product.
+            loss.backward(torch.full_like(loss, scale))  # type: ignore[no-untyped-call]
+    return torch.zeros((), device=device) if loss_sum is None else loss_sum
+
+
+def evaluate_batch(
+    model: nn.Module, batch: Batch, precision: Precision = "fp32", device: torch.device | str = "cpu"
+) -> EvalSums:
+    """Loss sum, target count and correct predictions of one batch; leaves the model as it found it. Blocks."""
+    if not batch.samples:
+        return EvalSums(0.0, 0, 0)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            loss, logits, targets = _summed_loss(model, batch, precision, device)
+    finally:
+        model.train(was_training)
+    # NO_TARGET is never an argmax, so what is not to be predicted cannot be correct.
+    correct = torch.count_nonzero(logits.argmax(dim=-1) == targets)
+    return EvalSums(float(loss), count_targets([batch]), int(correct))
+
+
+def _summed_loss(
+    model: nn.Module, batch: Batch, precision: Precision, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed cross-entropy (), logits (n, V), targets (n,))."""
+    inputs = batch.inputs.to(device, non_blocking=True)
+    targets = batch.targets.to(device, non_blocking=True).flatten()
+    if precision == "fp64" and inputs.is_floating_point():
+        inputs = inputs.double()
+    if (half := _AUTOCAST_DTYPES.get(precision)) is not None:
+        with torch.autocast(inputs.device.type, dtype=half):
+            logits = model(inputs)
+        logits = logits.float()  # a sum of thousands of losses has no place in 11 bits
+    else:
+        logits = model(inputs)
+    logits = logits.flatten(0, -2)
+    loss = F.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum")
+    return loss, logits, targets
+
+
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None, factor: float = 1.0) -> float:
+    """Multiply all gradients by `factor`, then scale them down so that their global norm is at most `max_norm`.
+
+    In place and in one pass. Blocks. Gradients that are not finite are left alone.
+
+    Args:
+        params: parameters; those without a gradient are passed over.
+        max_norm: None never scales down.
+        factor: what still separates `.grad` from the true gradient.
+
+    Returns:
+        The true gradient's global norm before clipping.
+    """
+    grads = [param.grad for param in params if param.grad is not None]
+    if not grads:
+        return 0.0
+    norms = torch._foreach_norm(grads)
+    if grads[0].is_cpu:
+        norm = math.hypot(*(norm.item() for norm in norms))
+    else:  # one wait for the device, not one per parameter
+        norm = math.hypot(*torch.stack([norm.float() for norm in norms]).tolist())
+    norm *= factor
+    coefficient = factor
+    if max_norm is not None:
+        coefficient *= min(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
+    if coefficient != 1.0 and math.isfinite(norm):
+        torch._foreach_mul_(grads, coefficient)
+    return norm
+
+
+class LossScaler:
+    """Loss scale for fp16: half precision has no gradient below 6e-8, so losses are multiplied before backward.
+
+    Micikevicius et al. 2018, Mixed Precision Training, arXiv:1710.03740, section 3.2. All ranks decide from the same
+    reduced gradient, so their scales stay equal without a message.
+    """
+
+    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
+        self.scale = scale
+        self._growth_interval = growth_interval
+        self._finite_steps = 0
+
+    def update(self, finite: bool, scale: float) -> None:
+        """Learn from a gradient that was computed with `scale`, which may be older than the present one."""
+        if not finite:
+            # min: with K > 0 several gradients in flight overflow for the same reason.
+            self.scale = max(1.0, min(self.scale, scale / 2))
+            self._finite_steps = 0
+            return
+        self._finite_steps += 1
+        if self._finite_steps >= self._growth_interval:
+            self.scale, self._finite_steps = self.scale * 2, 0
+
+    def can_help(self, scale: float) -> bool:
+        """Whether a gradient that overflowed with `scale` may be finite with a smaller one."""
+        return scale > 1.0
+
+
+def is_applicable(
+    step: int,
+    loss: float,
+    grad_norm: float,
+    lr: float,
+    *,
+    scaler: LossScaler | None = None,
+    loss_scale: float = 1.0,
+    skip_nonfinite: bool = False,
+) -> bool:
+    """Whether the step's update may be applied; tells the scaler. The same answer on every rank.
+
+    Args:
+        step: the step's number, for the message.
+        loss: its global mean loss.
+        grad_norm: its reduced gradient's norm.
+        lr: its learning rate, for the message.
+        scaler: with fp16.
+        loss_scale: what the step was computed with.
+        skip_nonfinite: skip an update that is not finite, whatever the reason.
+
+    Raises:
+        TrainingStopped: loss or gradient is not finite, and nothing says to go on.
+    """
+    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    if scaler is not None:
+        scaler.update(finite, loss_scale)
+    if finite:
+        return True
+    is_overflow = scaler is not None and math.isfinite(loss) and scaler.can_help(loss_scale)
+    if skip_nonfinite or is_overflow:
+        return False
+    raise TrainingStopped(
+        f"step {step}: the loss is {loss:g} and the gradient's norm {grad_norm:g}, at learning rate {lr:g}; the "
+        f"weights are those before this update. Lower training.learning_rate, set training.grad_clip_norm (1.0 is "
+        f"usual), or pass --skip-nonfinite to pass over such steps."
+    )

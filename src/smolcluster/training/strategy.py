@@ -1,0 +1,38 @@
+"""What every algorithm offers to the one training loop (trainer.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import nn
+
+from smolcluster.data.batch import Batch
+from smolcluster.training.step import EvalSums, StepResult
+
+
+class Strategy(Protocol):
+    """One algorithm on one rank. It owns its whole `train_step`, so that an algorithm reads in one place."""
+
+    model: nn.Module
+
+    def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
+        """Compute the gradient of one step and apply the one that is due.
+
+        Returns:
+            The result of the step whose gradient was applied: this one with staleness_bound 0, the one
+            staleness_bound steps earlier otherwise; None in the first staleness_bound steps.
+        """
+        ...
+
+    def eval_step(self, batch: Batch) -> EvalSums:
+        """Loss sum, target count and correct predictions of one batch on this rank; changes nothing."""
+        ...
+
+    def finish(self) -> list[StepResult]:
+        """Apply what is still pending, in order; their results, oldest first."""
+        ...
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop; from any thread. A later StepResult says stop=True, on every rank at the same step."""
+        ...

@@ -1,0 +1,148 @@
+"""What the layers above know of a connection: Channel (bulk bytes), ControlLink (JSON messages), Listener.
+
+Two implementations, chosen by the address scheme: `tcp://host:port` and `inproc://name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from smolcluster.errors import SmolError
+from smolcluster.kinds import JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What the dialling side says of itself, proved by the handshake.
+
+    Attributes:
+        rank: the dialler's rank, or -1 while it has none.
+        lane: what the connection is for: "control", "bulk:<group>" or "p2p:<group>".
+        run_id: the run it belongs to. A process of an earlier run is refused by it.
+    """
+
+    rank: int
+    lane: str
+    run_id: str
+
+
+class Channel(Protocol):
+    """A non-blocking byte stream to one peer. Has no thread: a communicator's loop drives it."""
+
+    def fileno(self) -> int:
+        """The descriptor to poll."""
+        ...
+
+    def wants(self, *, sending: bool) -> tuple[bool, bool]:
+        """Whether to poll for (reading, writing); `sending`: bytes wait to be sent. TLS may want it crosswise."""
+        ...
+
+    def due(self) -> float | None:
+        """`time.monotonic()` at which bytes held back (by TLS or a test hook) can be read; None: nothing held."""
+        ...
+
+    def try_send(self, buffers: Sequence[memoryview]) -> int:
+        """Send from the front of `buffers`; returns the bytes taken, 0 if it would block.
+
+        Raises:
+            ConnectionLost: the other side is gone.
+        """
+        ...
+
+    def try_recv_into(self, buffer: memoryview) -> int:
+        """Receive up to len(buffer) bytes; returns the bytes received, 0 if it would block.
+
+        Raises:
+            ConnectionLost: the other side closed the connection or is gone.
+        """
+        ...
+
+    def abort(self, error: SmolError) -> None:
+        """Close at once, from any thread. Later calls raise `error`."""
+        ...
+
+
+class ControlLink(Protocol):
+    """JSON messages to one peer on a connection of their own, so that bulk bytes never queue before heartbeats."""
+
+    def send(self, message: JsonObject) -> None:
+        """Send one message, from any thread. Blocks at most `patience` seconds.
+
+        Raises:
+            ConnectionLost: the other side is gone or does not read.
+        """
+        ...
+
+    def receive(self, timeout: float) -> JsonObject | None:
+        """Wait for the next message on the caller's thread; None: nothing complete came. Only before `on_message`.
+
+        Raises:
+            ConnectionLost: the other side is gone.
+            FrameError: it sent something that is not a message.
+        """
+        ...
+
+    def on_message(self, handler: Callable[[JsonObject], None]) -> None:
+        """Deliver messages, in order, on the link's own thread. Starts the delivery; call once."""
+        ...
+
+    def on_close(self, handler: Callable[[SmolError], None]) -> None:
+        """Called once, on the link's thread, when the other side is gone. Set before `on_message`."""
+        ...
+
+    def last_heard(self) -> float:
+        """`time.monotonic()` at which the last byte arrived."""
+        ...
+
+    def close(self) -> None:
+        """Close without an error on this side."""
+        ...
+
+
+class Listener(Protocol):
+    """Accepts authenticated connections and hands them out by (rank, lane)."""
+
+    address: str
+
+    def allow_run(self, run_id: str) -> None:
+        """Accept connections of this run too."""
+        ...
+
+    def accept_channel(self, rank: int, lane: str, timeout: float) -> Channel:
+        """Wait for the authenticated connection of `rank` for `lane`.
+
+        Raises:
+            ConnectFailed: it did not come within `timeout` seconds.
+        """
+        ...
+
+    def accept_control(self, timeout: float) -> tuple[Hello, ControlLink]:
+        """Wait for the next authenticated control connection.
+
+        Raises:
+            ConnectFailed: none came within `timeout` seconds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop listening. Connections that were handed out stay open."""
+        ...
+
+
+class Network(Protocol):
+    """How a process reaches others; one per address scheme."""
+
+    def dial_channel(self, address: str, hello: Hello, timeout: float) -> Channel:
+        """Connect and authenticate a bulk channel, trying again until `timeout` seconds.
+
+        Raises:
+            ConnectFailed: nobody answered in time.
+            AuthFailed: wrong token, version or run.
+        """
+        ...
+
+    def dial_control(self, address: str, hello: Hello, timeout: float) -> ControlLink:
+        """Connect and authenticate a control link; as `dial_channel`."""
+        ...

@@ -1,0 +1,502 @@
+"""TCP: authenticated connections between two processes. The only place where OSError becomes one of our errors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from smolcluster.errors import (
+    AuthFailed,
+    ConfigError,
+    ConnectFailed,
+    ConnectionLost,
+    FrameError,
+    SmolError,
+    TransportError,
+)
+from smolcluster.kinds import JsonObject
+from smolcluster.transport import messages, security
+from smolcluster.transport.base import Channel, ControlLink, Hello
+from smolcluster.transport.security import REFUSED_RUN, Refused, Transcript
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT = 5.0  # seconds a stranger may hold a connection before it is authenticated (CONTRACT section 3)
+MAX_UNAUTHENTICATED = 64
+CONTROL = "control"
+Argument = TypeVar("Argument")
+# Linux takes at most 1024 buffers in one sendmsg; more than 64 frames at once brings nothing.
+MAX_SEND_BUFFERS = 64
+_HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # not on Windows
+
+
+@dataclass(frozen=True, slots=True)
+class TcpOptions:
+    """Socket options. `patience`: seconds until unacknowledged bytes count as a lost peer.
+
+    `buffer_bytes`: send and receive buffer, set before connect; None: the kernel tunes.
+    """
+
+    patience: float = 5.0
+    buffer_bytes: int | None = None
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split `tcp://host:port`; IPv6 hosts stand in brackets.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    scheme, _, rest = address.partition("://")
+    host, _, port = rest.rpartition(":")
+    if scheme != "tcp" or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{address!r} is not an address such as tcp://192.168.1.10:65432")
+    return host.strip("[]"), int(port)
+
+
+def format_address(host: str, port: int) -> str:
+    """`tcp://host:port`."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+class TcpChannel:
+    """A non-blocking authenticated connection. See transport.base.Channel."""
+
+    def __init__(self, sock: socket.socket, address: str) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._address = address
+        self._error: SmolError | None = None
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def wants(self, *, sending: bool) -> tuple[bool, bool]:
+        return True, sending
+
+    def due(self) -> float | None:
+        return None
+
+    def try_send(self, buffers: Sequence[memoryview]) -> int:
+        try:
+            if _HAS_SENDMSG:
+                return self._sock.sendmsg(buffers[:MAX_SEND_BUFFERS])
+            return self._sock.send(buffers[0])
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as exc:
+            raise self._lost(exc) from exc
+
+    def try_recv_into(self, buffer: memoryview) -> int:
+        try:
+            received = self._sock.recv_into(buffer)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError as exc:
+            raise self._lost(exc) from exc
+        if received == 0 and len(buffer) > 0:
+            raise self._lost(None)
+        return received
+
+    def abort(self, error: SmolError) -> None:
+        if self._error is None:
+            self._error = error
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _lost(self, exc: OSError | None) -> SmolError:
+        return self._error or ConnectionLost(f"{self._address} {_reason(exc)}")
+
+
+class TcpControlLink:
+    """JSON messages with MAC and sequence number; one reader thread. See transport.base.ControlLink."""
+
+    # How often the reader looks whether it shall stop, and the writer whether its deadline passed.
+    _TICK = 0.5
+
+    def __init__(
+        self, sock: socket.socket, session_key: bytes, *, is_dialler: bool, address: str, patience: float
+    ) -> None:
+        sock.settimeout(self._TICK)
+        self._sock = sock
+        self._address = address
+        self._patience = patience
+        self._outgoing = messages.MessageCodec(session_key, from_dialler=is_dialler)
+        self._incoming = messages.MessageCodec(session_key, from_dialler=not is_dialler)
+        self._send_lock = threading.Lock()
+        self._heard = time.monotonic()
+        self._on_message: Callable[[JsonObject], None] | None = None
+        self._on_close: Callable[[SmolError], None] | None = None
+        self._partial = bytearray()
+        self._closing = threading.Event()
+        self._reader: threading.Thread | None = None
+
+    def send(self, message: JsonObject) -> None:
+        with self._send_lock:
+            rest = memoryview(self._outgoing.pack(message))
+            deadline = time.monotonic() + self._patience
+            while rest:
+                if self._closing.is_set():
+                    raise ConnectionLost(f"the control link to {self._address} is closed")
+                try:
+                    rest = rest[self._sock.send(rest) :]
+                except TimeoutError:
+                    if time.monotonic() > deadline:
+                        raise ConnectionLost(
+                            f"{self._address} reads no control messages for {self._patience:g} s"
+                        ) from None
+                except OSError as exc:
+                    raise ConnectionLost(f"{self._address} {_reason(exc)}") from exc
+
+    def receive(self, timeout: float) -> JsonObject | None:
+        assert self._reader is None
+        return self._next(time.monotonic() + timeout)
+
+    def on_message(self, handler: Callable[[JsonObject], None]) -> None:
+        assert self._reader is None
+        self._on_message = handler
+        self._reader = threading.Thread(target=self._read, name=f"control {self._address}", daemon=True)
+        self._reader.start()
+
+    def on_close(self, handler: Callable[[SmolError], None]) -> None:
+        self._on_close = handler
+
+    def last_heard(self) -> float:
+        return self._heard
+
+    def close(self) -> None:
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(timeout=2.0)
+        self._sock.close()
+
+    def _read(self) -> None:
+        assert self._on_message is not None
+        try:
+            while not self._closing.is_set():
+                message = self._next(time.monotonic() + self._TICK)
+                if message is not None:
+                    self._on_message(message)
+        except SmolError as error:
+            if not self._closing.is_set():
+                if isinstance(error, FrameError):
+                    logger.warning("control frame refused peer=%s reason=%s", self._address, error)
+                if self._on_close is not None:
+                    self._on_close(error)
+
+    def _next(self, deadline: float) -> JsonObject | None:
+        """The next message, or None at the deadline; what has arrived of it until then is kept."""
+        if not self._fill(messages.HEAD_BYTES, deadline):
+            return None
+        head = bytes(self._partial[: messages.HEAD_BYTES])
+        end = messages.HEAD_BYTES + self._incoming.body_bytes(head)
+        if not self._fill(end + messages.MAC_BYTES, deadline):
+            return None
+        body, mac = bytes(self._partial[messages.HEAD_BYTES : end]), bytes(self._partial[end:])
+        self._partial.clear()
+        return self._incoming.unpack(head, body, mac)
+
+    def _fill(self, count: int, deadline: float) -> bool:
+        while len(self._partial) < count:
+            try:
+                readable, _, _ = select.select([self._sock], [], [], max(0.0, deadline - time.monotonic()))
+                if not readable:
+                    return False
+                piece = self._sock.recv(count - len(self._partial))
+            except (OSError, ValueError) as exc:  # ValueError: closed by another thread meanwhile
+                raise ConnectionLost(f"{self._address} {_reason(exc if isinstance(exc, OSError) else None)}") from exc
+            if not piece:
+                raise ConnectionLost(f"{self._address} {_reason(None)}")
+            self._heard = time.monotonic()
+            self._partial += piece
+        return True
+
+
+class TcpListener:
+    """Accepts connections, each authenticated in a short-lived thread of its own, so that none delays another."""
+
+    def __init__(self, host: str, port: int, token: bytes, run_id: str, options: TcpOptions) -> None:
+        self._token = token
+        self._options = options
+        self._run_ids = {run_id}
+        self._ready = threading.Condition()
+        self._channels: dict[tuple[int, str], Channel] = {}
+        self._taken: set[tuple[int, str]] = set()
+        self._links: list[tuple[Hello, ControlLink]] = []
+        self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
+        self._closing = threading.Event()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if sys.platform != "win32":  # there it would let two programs share the port
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _set_buffers(self._sock, options)
+            self._sock.bind((host, port))
+            self._sock.listen(MAX_UNAUTHENTICATED)
+        except OSError as exc:
+            self._sock.close()
+            raise ConfigError(
+                f"cannot listen on {format_address(host, port)} ({exc.strerror or exc}). Use an address of this "
+                "machine and a free port"
+            ) from exc
+        self.address = format_address(host, self._sock.getsockname()[1])
+        self._sock.settimeout(0.5)
+        self._thread = threading.Thread(target=self._accept, name=f"listener {self.address}", daemon=True)
+        self._thread.start()
+
+    def allow_run(self, run_id: str) -> None:
+        """Accept connections of this run too."""
+        with self._ready:
+            self._run_ids.add(run_id)
+
+    def accept_channel(self, rank: int, lane: str, timeout: float) -> Channel:
+        key = (rank, lane)
+        with self._ready:
+            if not self._ready.wait_for(lambda: key in self._channels, timeout):
+                raise ConnectFailed(
+                    f"rank {rank} did not open its {lane} connection to {self.address} within {timeout:g} s"
+                )
+            self._taken.add(key)
+            return self._channels.pop(key)
+
+    def accept_control(self, timeout: float) -> tuple[Hello, ControlLink]:
+        with self._ready:
+            if not self._ready.wait_for(lambda: bool(self._links), timeout):
+                raise ConnectFailed(f"nobody opened a control connection to {self.address} within {timeout:g} s")
+            return self._links.pop(0)
+
+    def close(self) -> None:
+        self._closing.set()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes accept() on Linux; elsewhere its timeout does
+        self._thread.join(timeout=2.0)
+        self._sock.close()
+        with self._ready:
+            waiting, self._channels = list(self._channels.values()), {}
+            links, self._links = self._links, []
+        for channel in waiting:
+            channel.abort(ConnectionLost("the listener is closed"))
+        for _, link in links:
+            link.close()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                sock, peer = self._sock.accept()
+            except TimeoutError:
+                continue
+            except OSError as exc:
+                if self._closing.is_set():
+                    return
+                # Out of descriptors, or the stranger hung up before we took it: neither may end the listener.
+                logger.warning("accept failed address=%s reason=%s", self.address, exc)
+                self._closing.wait(0.1)
+                continue
+            address = format_address(peer[0], peer[1])
+            if not self._strangers.acquire(blocking=False):
+                logger.warning("too many unauthenticated connections, closed peer=%s", address)
+                sock.close()
+                continue
+            threading.Thread(target=self._greet, args=(sock, address), name=f"handshake {address}", daemon=True).start()
+
+    def _greet(self, sock: socket.socket, address: str) -> None:
+        try:
+            hello, key = self._authenticate(sock, address)
+            _set_options(sock, self._options)
+        except (SmolError, OSError) as exc:
+            logger.warning("connection refused peer=%s reason=%s", address, exc)
+            sock.close()
+            return
+        finally:
+            self._strangers.release()
+        with self._ready:
+            if self._closing.is_set():
+                sock.close()
+            elif hello.lane == CONTROL:
+                link = TcpControlLink(sock, key, is_dialler=False, address=address, patience=self._options.patience)
+                self._links.append((hello, link))
+            else:
+                self._channels[(hello.rank, hello.lane)] = TcpChannel(sock, address)
+            self._ready.notify_all()
+
+    def _authenticate(self, sock: socket.socket, address: str) -> tuple[Hello, bytes]:
+        stream = _Deadline(sock, time.monotonic() + HANDSHAKE_TIMEOUT, address)
+        try:
+            fixed = stream.read(security.HELLO_BYTES)
+            hello, dialler_nonce = security.unpack_hello(fixed, stream.read(security.hello_tail_bytes(fixed)))
+            nonce = security.new_nonce()
+            stream.write(security.pack_challenge(nonce))
+            transcript = Transcript(hello, dialler_nonce, nonce)
+            proof = security.unpack_proof(stream.read(security.REPLY_BYTES))
+            if not security.proofs_equal(proof, transcript.proof(self._token, "dialler")):
+                raise Refused("wrong token", security.REFUSED_TOKEN)
+            # Only somebody who knows the token learns which runs and ranks are here.
+            with self._ready:
+                if hello.run_id not in self._run_ids:
+                    raise Refused(f"run {hello.run_id!r}", security.REFUSED_RUN)
+                slot = (hello.rank, hello.lane)
+                if hello.lane != CONTROL and (slot in self._taken or slot in self._channels):
+                    raise Refused(f"rank {hello.rank} lane {hello.lane!r}", security.REFUSED_TAKEN)
+            stream.write(security.pack_accept(transcript.proof(self._token, "listener")))
+        except Refused as refused:
+            with contextlib.suppress(SmolError):
+                stream.write(security.pack_refused(refused.reason))
+            raise
+        return hello, transcript.proof(self._token, "session")
+
+
+class TcpNetwork:
+    """How this process listens and dials. Implements transport.base.Network."""
+
+    def __init__(self, token: bytes, options: TcpOptions | None = None) -> None:
+        self._token = token
+        self._options = options or TcpOptions()
+
+    def dial_channel(self, address: str, hello: Hello, timeout: float) -> Channel:
+        """Connect and authenticate, trying again until `timeout`; see `dial`."""
+        sock, _ = self._dial(address, hello, timeout)
+        return TcpChannel(sock, address)
+
+    def dial_control(self, address: str, hello: Hello, timeout: float) -> ControlLink:
+        """Connect and authenticate, trying again until `timeout`; see `dial`."""
+        sock, key = self._dial(address, hello, timeout)
+        return TcpControlLink(sock, key, is_dialler=True, address=address, patience=self._options.patience)
+
+    def _dial(self, address: str, hello: Hello, timeout: float) -> tuple[socket.socket, bytes]:
+        return dial(address, hello, self._token, timeout, self._options)
+
+
+def listen(host: str, port: int, *, token: bytes, run_id: str, options: TcpOptions | None = None) -> TcpListener:
+    """Listen on one address of this machine; port 0 takes a free one.
+
+    Raises:
+        ConfigError: the address is not this machine's, or the port is taken.
+    """
+    return TcpListener(host, port, token, run_id, options or TcpOptions())
+
+
+def dial(address: str, hello: Hello, token: bytes, timeout: float, options: TcpOptions) -> tuple[socket.socket, bytes]:
+    """Connect to a listener and authenticate both ways.
+
+    Tries again, with growing pauses and jitter, while nobody listens there or the listener does not know the run yet.
+
+    Returns:
+        (connected socket, session key for control messages).
+
+    Raises:
+        ConnectFailed: not connected within `timeout` seconds.
+        AuthFailed: wrong token, protocol version or run.
+    """
+    deadline = time.monotonic() + timeout
+    pause = 0.02
+    while True:
+        try:
+            return _dial_once(address, hello, token, deadline, options)
+        except Refused as refused:
+            if refused.reason != REFUSED_RUN or time.monotonic() + pause >= deadline:
+                raise
+        except AuthFailed:
+            raise
+        except (OSError, TransportError) as exc:
+            if time.monotonic() + pause >= deadline:
+                cause = exc if isinstance(exc, TransportError) else _reason(exc)
+                raise ConnectFailed(
+                    f"could not reach {address} within {timeout:g} s ({cause}). Is it started, and is the port open?"
+                ) from exc
+        time.sleep(pause * random.uniform(0.5, 1.0))  # jitter: ranks that started together do not knock together
+        pause = min(pause * 1.5, 1.0)
+
+
+def _dial_once(
+    address: str, hello: Hello, token: bytes, deadline: float, options: TcpOptions
+) -> tuple[socket.socket, bytes]:
+    host, port = parse_address(address)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        _set_buffers(sock, options)
+        remaining = max(0.05, deadline - time.monotonic())
+        sock.settimeout(min(remaining, HANDSHAKE_TIMEOUT))
+        sock.connect((host, port))
+        stream = _Deadline(sock, time.monotonic() + min(remaining, HANDSHAKE_TIMEOUT), address)
+        nonce = security.new_nonce()
+        stream.write(security.pack_hello(hello, nonce))
+        transcript = Transcript(hello, nonce, security.unpack_challenge(stream.read(security.REPLY_BYTES), address))
+        stream.write(security.pack_proof(transcript.proof(token, "dialler")))
+        security.check_accept(stream.read(security.REPLY_BYTES), address, transcript.proof(token, "listener"))
+        _set_options(sock, options)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, transcript.proof(token, "session")
+
+
+class _Deadline:
+    """Blocking reads and writes of a handshake, all before one deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: float, address: str) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._address = address
+
+    def read(self, count: int) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            piece = self._bounded(self._sock.recv, count - len(data))
+            if not piece:
+                raise ConnectionLost(f"{self._address} closed the connection during the handshake")
+            data += piece
+        return bytes(data)
+
+    def write(self, data: bytes) -> None:
+        self._bounded(self._sock.sendall, data)
+
+    def _bounded(self, call: Callable[[Argument], bytes | None], argument: Argument) -> bytes:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise ConnectionLost(f"{self._address} did not finish the handshake in time")
+        self._sock.settimeout(remaining)
+        try:
+            return call(argument) or b""
+        except TimeoutError as exc:
+            raise ConnectionLost(f"{self._address} did not finish the handshake in time") from exc
+        except OSError as exc:
+            raise ConnectionLost(f"{self._address} {_reason(exc)}") from exc
+
+
+def _set_buffers(sock: socket.socket, options: TcpOptions) -> None:
+    if options.buffer_bytes is not None:  # before connect: the window scale is agreed on there
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.buffer_bytes)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options.buffer_bytes)
+
+
+def _set_options(sock: socket.socket, options: TcpOptions) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.patience * 1000))
+    if hasattr(socket, "TCP_CONGESTION") and sock.getpeername()[0] in ("127.0.0.1", "::1"):
+        # BBR, some kernels' default, halves the speed of loopback. Ordinary users may not set cubic everywhere.
+        for name in (b"cubic", b"reno"):
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+                break
+            except OSError:
+                continue
+
+
+def _reason(exc: OSError | None) -> str:
+    if exc is None:
+        return "closed the connection"
+    return f"is gone ({exc.strerror or exc})"

@@ -1,0 +1,74 @@
+"""Tensors as raw little-endian bytes, without a copy and without pickle."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolcluster.errors import FrameError
+from smolcluster.transport.frame import DTYPE_NAMES, DTYPES, Prelude
+
+_TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+_CODES = {dtype: DTYPES[name][0] for name, dtype in _TORCH_DTYPES.items()}
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The dtype's number on the wire.
+
+    Raises:
+        ValueError: this dtype does not travel.
+    """
+    try:
+        return _CODES[dtype]
+    except KeyError:
+        raise ValueError(f"{dtype} tensors cannot be sent; can: {', '.join(_TORCH_DTYPES)}") from None
+
+
+def dtype_of(code: int) -> torch.dtype:
+    """The torch dtype of a number on the wire.
+
+    Raises:
+        FrameError: unknown number.
+    """
+    try:
+        return _TORCH_DTYPES[DTYPE_NAMES[code]]
+    except KeyError:
+        raise FrameError(f"unknown dtype {code} in a frame") from None
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared, writable.
+
+    Raises:
+        ValueError: not contiguous or not on CPU.
+    """
+    if sys.byteorder != "little":
+        raise ValueError("smolcluster sends little-endian bytes and this machine is big-endian")
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(
+            f"a contiguous CPU tensor is needed, this one has shape {tuple(tensor.shape)}, strides {tensor.stride()}, "
+            f"device {tensor.device}; call .contiguous() first"
+        )
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()  # numpy's stubs do not say that it is a buffer
+    return memoryview(array)
+
+
+def empty_for(prelude: Prelude, dims: tuple[int, ...]) -> Tensor:
+    """Uninitialised CPU memory for a frame that carries a whole tensor of shape `dims`."""
+    return torch.empty(dims, dtype=dtype_of(prelude.dtype))

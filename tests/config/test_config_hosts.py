@@ -1,0 +1,133 @@
+"""Ranks, names and addresses of the machines of a cluster file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from smolcluster.config.hosts import Host, address_clashes, members
+from smolcluster.config.schema import Config
+from smolcluster.errors import ConfigError
+
+
+def config(algorithm: str = "classicdp", **cluster: Any) -> Config:
+    return Config.model_validate({"algorithm": algorithm, "cluster": cluster})
+
+
+def topology(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"workers": {"regular": list(entries)}}
+
+
+HOSTS = {"mini1": "10.10.0.1", "mini2": "10.10.0.2", "mini3": "10.10.0.3"}
+
+
+def names(hosts: tuple[Host, ...]) -> list[str]:
+    return [host.name for host in hosts]
+
+
+def test_a_topology_gives_its_ranks_in_rank_order() -> None:
+    listed = topology(
+        {"hostname": "mini2", "rank": 1, "port": 65433, "ip": "10.10.0.2"},
+        {"hostname": "mini1", "rank": 0, "port": 65432, "ip": "10.10.0.1"},
+    )
+    assert members(config(allToAllTopology=listed, num_workers=2)) == (
+        Host(0, "mini1", "10.10.0.1", 65432),
+        Host(1, "mini2", "10.10.0.2", 65433),
+    )
+
+
+def test_a_topology_takes_what_it_leaves_out_from_host_ip_and_port() -> None:
+    listed = topology({"hostname": "mini1", "rank": 0}, {"hostname": "mini2", "rank": 1, "port": 7000})
+    found = members(config(allToAllTopology=listed, host_ip=HOSTS, port={"default": 6000}))
+    assert [(host.ip, host.port) for host in found] == [("10.10.0.1", 6000), ("10.10.0.2", 7000)]
+
+
+def test_two_ranks_of_one_machine_have_ports_of_their_own() -> None:
+    listed = topology(
+        {"hostname": "a", "rank": 0, "port": 1, "ip": "127.0.0.1"},
+        {"hostname": "b", "rank": 1, "port": 2, "ip": "127.0.0.1"},
+    )
+    assert len(members(config(allToAllTopology=listed))) == 2
+
+
+def test_host_ip_gives_the_server_first_and_then_the_workers() -> None:
+    assert names(members(config(host_ip=HOSTS, server="mini3", workers=["mini2", "mini1"]))) == [
+        "mini3",
+        "mini2",
+        "mini1",
+    ]
+
+
+def test_host_ip_without_workers_gives_the_first_hosts_after_the_server() -> None:
+    assert names(members(config(host_ip=HOSTS, server="mini2", num_workers=2))) == ["mini2", "mini1"]
+    assert names(members(config(host_ip=HOSTS))) == ["mini1", "mini2", "mini3"]
+
+
+def test_the_server_of_mp_is_not_counted_by_num_workers() -> None:
+    assert len(members(config("mp", host_ip=HOSTS, server="mini1", num_workers=2))) == 3
+
+
+def test_ports_come_from_the_map_its_default_or_the_one_number() -> None:
+    assert [h.port for h in members(config(host_ip=HOSTS, port={"mini1": 1, "default": 2}))] == [1, 2, 2]
+    assert [h.port for h in members(config(host_ip=HOSTS, port={"mini1": 1}))] == [1, 65432, 65432]
+    assert [h.port for h in members(config(host_ip=HOSTS, port=5))] == [5, 5, 5]
+
+
+SAME = {"ip": "10.0.0.1", "port": 5}
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            config(),
+            "no machines are named: cluster.allToAllTopology and cluster.host_ip are both empty; "
+            "give a --cluster FILE, or --local N to stay on this machine",
+        ),
+        (
+            config(
+                allToAllTopology=topology({"hostname": "a", "rank": 0, **SAME}, {"hostname": "b", "rank": 1, **SAME})
+            ),
+            "cluster: a and b would all listen at 10.0.0.1 port 5; give each its own",
+        ),
+        (
+            config(host_ip={"a": "10.0.0.1", "b": "10.0.0.1"}),
+            "cluster: a and b would all listen at 10.0.0.1 port 65432; give each its own",
+        ),
+        (
+            config(allToAllTopology=topology({"hostname": "a", "rank": 0})),
+            "cluster.allToAllTopology: a (rank 0) has no ip",
+        ),
+        (
+            config(
+                allToAllTopology=topology({"hostname": "a", "rank": 0, "ip": "10.0.0.1"}), host_ip={"a": "10.0.0.2"}
+            ),
+            "cluster: a is 10.0.0.1 in allToAllTopology and 10.0.0.2 in host_ip; remove the wrong one",
+        ),
+        (
+            config(host_ip=HOSTS, workers=["mini1", "mini2"], num_workers=3),
+            "cluster.num_workers is 3 (all ranks, for classicdp), but 2 machines are named (mini1, mini2); "
+            "make them agree",
+        ),
+        (
+            config("mp", host_ip=HOSTS, server="mini1", workers=["mini2", "mini3"], num_workers=3),
+            "cluster.num_workers is 3 (the ranks without the server, for mp), but 3 machines are named "
+            "(mini1, mini2, mini3); make them agree",
+        ),
+        (
+            config("single", host_ip=HOSTS),
+            "algorithm single runs in one process and has no other machines; choose another --algorithm",
+        ),
+        (config("edp", host_ip=HOSTS), "algorithm edp cannot be run over several machines yet; use --local N"),
+    ],
+)
+def test_machines_that_cannot_run_together_are_refused(found: Config, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        members(found)
+    assert str(caught.value) == message
+
+
+def test_a_shared_address_is_also_reported_as_a_clash() -> None:
+    clashes = list(address_clashes(config(host_ip={"a": "10.0.0.1", "b": "10.0.0.1"}).cluster))
+    assert clashes == [(("cluster", "host_ip"), "cluster.host_ip: a, b share the address 10.0.0.1 port 65432")]

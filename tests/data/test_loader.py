@@ -1,0 +1,235 @@
+import threading
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smolcluster.data.batch import Batch
+from smolcluster.data.datasets import ClassesDataset, Kind, TextDataset
+from smolcluster.data.loader import PREFETCHED_STEPS, BatchLoader, eval_batches
+from smolcluster.data.sampler import Sampler
+
+DEADLINE = 20.0
+
+
+class Numbers:
+    """Sample i is the number i. `on_batch` runs inside `batch`, with the number of the call from 0."""
+
+    name = "numbers"
+    kind: Kind = "classes"
+    num_classes = 10
+    vocab_size = None
+    input_dim = 1
+
+    def __init__(self, length: int, on_batch: Callable[[int], None] = lambda call: None) -> None:
+        self.length = length
+        self.on_batch = on_batch
+        self.calls = 0
+        self.threads: set[str] = set()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self.threads.add(threading.current_thread().name)
+        self.calls += 1
+        self.on_batch(self.calls - 1)
+        return indices.float()[:, None], indices
+
+    def targets_per_sample(self, indices: Tensor) -> int:
+        return len(indices)
+
+
+def numbers_of(micro_batches: list[Batch]) -> list[int]:
+    return torch.cat([batch.targets for batch in micro_batches]).tolist()
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("smolcluster-loader")]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> object:
+    yield
+    assert loader_threads() == []
+
+
+# --- which samples
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_each_step_holds_the_ranks_samples_in_order(rank: int) -> None:
+    sampler = Sampler(25, 8, seed=1, shares=[1.0, 2.0, 1.0])
+    with BatchLoader(Numbers(25), sampler, rank, max_steps=10) as loader:
+        steps = list(loader)
+    assert len(steps) == 10
+    for step, micro_batches in enumerate(steps):
+        assert numbers_of(micro_batches) == sampler.rank_indices(step, rank).tolist()
+
+
+def test_a_loader_that_starts_later_gives_the_same_steps() -> None:
+    sampler = Sampler(25, 8, seed=1, shares=2)
+    with BatchLoader(Numbers(25), sampler, 1, max_steps=9) as loader:
+        whole = [numbers_of(step) for step in loader]
+    with BatchLoader(Numbers(25), Sampler(25, 8, 1, 2), 1, start_step=5, max_steps=9) as loader:
+        assert [numbers_of(step) for step in loader] == whole[5:]
+    with BatchLoader(Numbers(25), sampler, 1, start_step=9, max_steps=9) as loader:
+        assert list(loader) == []
+
+
+def test_without_max_steps_there_is_no_end() -> None:
+    with BatchLoader(Numbers(4), Sampler(4, 2, 0), 0) as loader:
+        assert len(list(islice(loader, 50))) == 50
+
+
+@given(st.integers(1, 30), st.integers(1, 20), st.integers(1, 4), st.integers(1, 6))
+def test_a_step_is_split_into_micro_batches_as_equal_as_can_be(
+    length: int, global_batch: int, world_size: int, micro_batches: int
+) -> None:
+    sampler = Sampler(length, global_batch, 0, world_size)
+    last = sampler.steps_per_epoch - 1
+    for rank in range(world_size):
+        with BatchLoader(Numbers(length), sampler, rank, micro_batches, last, last + 1) as loader:
+            (step,) = loader
+        sizes = [batch.samples for batch in step]
+        expected = len(sampler.rank_indices(last, rank))
+        assert sum(sizes) == expected
+        assert len(sizes) == max(1, min(micro_batches, expected))
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_rank_without_samples_gets_one_empty_batch_of_the_right_shape() -> None:
+    dataset = ClassesDataset("d", torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64), 2)
+    with BatchLoader(dataset, Sampler(3, 2, 0, 4), 3, micro_batches=2, max_steps=1) as loader:
+        ((batch,),) = loader
+    assert (batch.samples, batch.inputs.shape, batch.planned_count) == (0, (0, 1, 2, 2), 2)
+
+
+def test_the_planned_count_is_that_of_all_ranks_on_every_rank() -> None:
+    dataset = TextDataset("t", torch.arange(40), max_seq_len=3, vocab_size=256)  # 13 windows
+    planned, counted = [], torch.zeros(4, dtype=torch.int64)
+    for rank in range(3):
+        with BatchLoader(dataset, Sampler(13, 4, 0, 3), rank, micro_batches=2, max_steps=4) as loader:
+            for step, micro_batches in enumerate(loader):
+                planned += [(step, batch.planned_count) for batch in micro_batches]
+                counted[step] += sum(batch.targets.numel() for batch in micro_batches)
+    assert counted.tolist() == [12, 12, 12, 3]  # 4 windows of 3 targets, and the ragged end
+    assert set(planned) == set(enumerate(counted.tolist()))
+
+
+# --- the thread
+
+
+def test_the_next_step_is_made_while_the_caller_holds_this_one() -> None:
+    started, may_go_on = threading.Event(), threading.Event()
+
+    def on_batch(call: int) -> None:
+        if call == 1:
+            started.set()
+            assert may_go_on.wait(DEADLINE)
+
+    dataset = Numbers(8, on_batch)
+    with BatchLoader(dataset, Sampler(8, 2, 0), 0, max_steps=4) as loader:
+        first = next(loader)
+        # The caller has step 0 and does not ask for step 1; loading that one has begun all the same.
+        assert started.wait(DEADLINE)
+        assert numbers_of(first) == Sampler(8, 2, 0).global_indices(0).tolist()
+        may_go_on.set()
+        assert len(list(loader)) == 3
+    assert dataset.threads == {"smolcluster-loader-0"}
+
+
+def test_a_step_that_is_ready_is_given_while_the_next_one_still_loads() -> None:
+    may_go_on = threading.Event()
+
+    def on_batch(call: int) -> None:
+        if call == 2:
+            assert may_go_on.wait(DEADLINE)
+
+    with BatchLoader(Numbers(8, on_batch), Sampler(8, 2, 0), 0, max_steps=4) as loader:
+        next(loader)
+        next(loader)  # would hang here if giving waited for loading
+        may_go_on.set()
+        assert len(list(loader)) == 2
+
+
+def test_no_more_is_prepared_than_the_bound() -> None:
+    full = threading.Event()
+
+    def on_batch(call: int) -> None:
+        if call == PREFETCHED_STEPS:
+            full.set()
+
+    dataset = Numbers(8, on_batch)
+    with BatchLoader(dataset, Sampler(8, 2, 0), 0) as loader:
+        next(loader)
+        assert full.wait(DEADLINE)
+    assert dataset.calls == 1 + PREFETCHED_STEPS  # after close, so nothing can follow
+
+
+def test_what_the_dataset_raises_reaches_the_caller_after_the_steps_before_it() -> None:
+    def on_batch(call: int) -> None:
+        if call == 2:
+            raise ValueError("sample 7 is broken")
+
+    loader = BatchLoader(Numbers(20, on_batch), Sampler(20, 2, 0), 0)
+    assert numbers_of(next(loader)) == Sampler(20, 2, 0).global_indices(0).tolist()
+    next(loader)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sample 7 is broken"):
+            next(loader)
+    assert loader_threads() == []
+
+
+def test_the_thread_ends_with_the_last_step() -> None:
+    loader = BatchLoader(Numbers(8), Sampler(8, 2, 0), 0, max_steps=3)
+    assert loader_threads() == []  # building one starts nothing
+    assert len(list(loader)) == 3
+    assert loader_threads() == []
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_close_joins_the_thread_wherever_it_waits_and_ends_the_iteration() -> None:
+    unused = BatchLoader(Numbers(8), Sampler(8, 2, 0), 0)
+    unused.close()
+    loader = BatchLoader(Numbers(8), Sampler(8, 2, 0), 0)
+    next(loader)
+    assert len(loader_threads()) == 1
+    loader.close()
+    loader.close()
+    assert loader_threads() == []
+    for closed in (unused, loader):
+        with pytest.raises(StopIteration):
+            next(closed)
+
+
+def test_an_error_in_the_body_closes_the_loader() -> None:
+    with pytest.raises(KeyError), BatchLoader(Numbers(8), Sampler(8, 2, 0), 0) as loader:  # noqa: PT012
+        next(loader)
+        raise KeyError("in the step")
+    assert loader_threads() == []
+
+
+# --- evaluation
+
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5))
+def test_evaluation_sees_every_sample_once_over_all_ranks(length: int, batch_size: int, world_size: int) -> None:
+    dataset = Numbers(length)
+    ranks = [list(eval_batches(dataset, batch_size, rank, world_size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1  # the same number of batches on every rank
+    seen = [number for batches in ranks for batch in batches for number in batch.targets.tolist()]
+    assert sorted(seen) == list(range(length))
+    assert all(batch.samples <= batch_size for batches in ranks for batch in batches)
+    most = -(-length // (batch_size * world_size))
+    assert len(ranks[0]) == most
+
+
+def test_evaluation_in_one_process_is_the_default() -> None:
+    batches = list(eval_batches(Numbers(10), 4))
+    assert [batch.targets.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from smolcluster.config.schema import ModelConfig
+from smolcluster.errors import ConfigError
+from smolcluster.models.build import build_model
+from smolcluster.models.gpt import GPT, GPTConfig
+from smolcluster.models.simple_nn import SimpleNN
+
+
+def test_simple_nn_takes_its_sizes_and_seed() -> None:
+    model = build_model(ModelConfig(type="simple_nn", input_dim=64, hidden=7, out=10), seed=3, num_classes=10)
+    assert isinstance(model, SimpleNN)
+    assert torch.equal(model.hidden.weight, SimpleNN(64, 7, 10, seed=3).hidden.weight)
+
+
+def test_gpt_takes_its_sizes_seed_and_the_tokenizers_vocabulary() -> None:
+    section = ModelConfig(type="gpt", model_dim=8, num_layers=1, num_heads=2, ff_dim=12, dropout=0.25, max_seq_len=6)
+    model = build_model(section, seed=3, vocab_size=256)
+    assert isinstance(model, GPT)
+    expected = GPTConfig(vocab_size=256, model_dim=8, num_layers=1, num_heads=2, ff_dim=12, dropout=0.25, max_seq_len=6)
+    assert model.config == expected
+    assert torch.equal(model.token_embedding.weight, GPT(expected, seed=3).token_embedding.weight)
+
+
+def test_a_larger_vocabulary_than_the_tokenizers_is_kept_and_a_smaller_one_refused() -> None:
+    model = build_model(ModelConfig(type="gpt", num_layers=1, vocab_size=300), seed=0, vocab_size=256)
+    assert isinstance(model, GPT)
+    assert model.config.vocab_size == 300
+    with pytest.raises(ConfigError, match=r"model.vocab_size is 100, but the tokenizer has 256"):
+        build_model(ModelConfig(type="gpt", vocab_size=100), seed=0, vocab_size=256)
+    with pytest.raises(ConfigError, match=r"model.vocab_size is not set"):
+        build_model(ModelConfig(type="gpt"), seed=0)
+
+
+def test_fewer_outputs_than_classes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.out is 2, but the dataset has 10 classes"):
+        build_model(ModelConfig(type="simple_nn", out=2), seed=0, num_classes=10)
+
+
+@pytest.mark.parametrize("model_type", ["moe", "hf", "my.package:Model"])
+def test_types_of_later_releases_say_so(model_type: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.type {model_type} comes in a later release"):
+        build_model(ModelConfig(type=model_type), seed=0)
