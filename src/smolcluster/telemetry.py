@@ -1,16 +1,20 @@
 """Counters and spans that every layer may write and that monitoring reads. Knows nothing of monitoring.
 
 One `Telemetry` belongs to one communicator (and so to one rank). Spans are (name, start, end, step) on the
-monotonic clock; they are kept for the current step only, unless a recorder asks for all of them.
+monotonic clock; whoever reports drains them, and of what nobody drains the newest are kept.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+# Some hundred steps: a script that trains without the trainer never drains them.
+MAX_SPANS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spans: list[Span] = []
+        self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self._counters: dict[str, float] = {}
         self.step = 0
 
@@ -59,7 +63,8 @@ class Telemetry:
     def drain(self) -> list[Span]:
         """All spans recorded since the last call, oldest first by end."""
         with self._lock:
-            spans, self._spans = self._spans, []
+            spans = list(self._spans)
+            self._spans.clear()
             return spans
 
 

@@ -53,7 +53,25 @@ def test_another_yaml_reader_sees_the_same_values() -> None:
 
 
 # Text that some YAML reader takes for something else.
-TRAPS = ["6e-4", "0o7", "off", "null", "~", "<<", "=", "1:30", "a: b", "# x", "2024-01-01", " x ", "---", "?", "!a"]
+TRAPS = [
+    "6e-4",
+    "0o7",
+    "off",
+    "null",
+    "~",
+    "<<",
+    "=",
+    "1:30",
+    "a: b",
+    "# x",
+    "2024-01-01",
+    " x ",
+    "---",
+    "?",
+    "!a",
+    "a\nb",
+    "\x85",
+]
 
 
 # The temporary folder is overwritten in every example, so sharing it between examples is safe.
@@ -64,7 +82,9 @@ TRAPS = ["6e-4", "0o7", "off", "null", "~", "<<", "=", "1:30", "a: b", "# x", "2
 )
 def test_any_text_and_number_reads_back(tmp_path: Path, name: str, rate: float) -> None:
     config = Config.model_validate({"logging": {"project_name": name}, "training": {"learning_rate": rate}})
-    found = read_back(config_yaml(config), tmp_path)
+    text = config_yaml(config)
+    assert text.count("\n") == config_yaml(Config()).count("\n")
+    found = read_back(text, tmp_path)
     assert found.logging.project_name == name
     assert math.isclose(found.training.learning_rate, rate, rel_tol=0.0)
 

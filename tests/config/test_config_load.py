@@ -176,22 +176,18 @@ def test_an_empty_file_says_nothing(folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "line"),
     [
-        "seed: 7\ntls: true\n",
-        "cluster:\n  seed: 7\n  tls: true\n",
-        "seed: 7\ncluster:\n  tls: true\n",
+        ("tls: true\nseed: 7\n", 2),
+        ("cluster:\n  tls: true\n  seed: 7\n", 3),
+        ("seed: 7\ncluster:\n  tls: true\n", 1),
     ],
     ids=["flat", "nested", "mixed"],
 )
-def test_a_cluster_file_may_be_flat_or_nested(folder: Path, text: str) -> None:
+def test_a_cluster_file_may_be_flat_or_nested(folder: Path, text: str, line: int) -> None:
     resolved = load(cluster_files=[write(folder, text)])
     assert (resolved.config.cluster.seed, resolved.config.cluster.tls) == (7, True)
-    assert resolved.sources["cluster.seed"] == f"run.yaml:{1 + text.splitlines().index(next(filter_seed(text)))}"
-
-
-def filter_seed(text: str) -> Any:
-    return (line for line in text.splitlines() if "seed" in line)
+    assert resolved.sources["cluster.seed"] == f"run.yaml:{line}"
 
 
 def test_a_cluster_file_may_set_other_sections_too(folder: Path) -> None:
@@ -398,8 +394,8 @@ MISTAKES = {
         "4: cluster.allToAllTopology.workers.regular[0]: the key rank is missing",
     ),
     "misspelt key of an entry": (
-        TOPOLOGY + "      - hostname: a\n        rank: 0\n        adress: 10.0.0.1\n        prt: 3\n",
-        "7: unknown key cluster.allToAllTopology.workers.regular[0].prt; "
+        TOPOLOGY + "      - hostname: a\n        rank: 0\n        prt: 3\n",
+        "6: unknown key cluster.allToAllTopology.workers.regular[0].prt; "
         "nearest: cluster.allToAllTopology.workers.regular[0].port",
     ),
     "unknown word for shares": (
@@ -417,10 +413,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("text", "message"), list(MISTAKES.values()), ids=list(MISTAKES))
 def test_a_mistake_gives_one_line_with_its_place(folder: Path, text: str, message: str) -> None:
-    report = check_file(write(folder, text))
-    expected = f"run.yaml:{message}"
-    assert expected in report.errors
-    assert all("\n" not in line for line in report.errors)
+    assert check_file(write(folder, text)).errors == (f"run.yaml:{message}",)
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(("text", "message"), list(MISTAKES.values()), ids=list(MISTAKES))

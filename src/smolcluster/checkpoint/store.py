@@ -102,7 +102,7 @@ def latest_checkpoint(folder: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    names = [name for name in _step_names(folder)][::-1]
+    names = _step_names(folder)[::-1]
     with contextlib.suppress(OSError):
         named = (folder / LATEST).read_text(encoding="utf-8").strip()
         if _STEP_NAME.fullmatch(named):
@@ -184,8 +184,8 @@ def _read_index(path: Path) -> JsonObject:
         index = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise CheckpointError(
-            f"{file} cannot be read ({getattr(exc, 'strerror', None) or 'not JSON'}), so {path} is no whole checkpoint. "
-            "Use another one"
+            f"{file} cannot be read ({getattr(exc, 'strerror', None) or 'not JSON'}), so {path} is no whole "
+            "checkpoint. Use another one"
         ) from exc
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise CheckpointError(f"{file} is no index of a smolcluster checkpoint. Use another folder")

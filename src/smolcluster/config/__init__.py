@@ -1,5 +1,6 @@
 """What the user writes: schema, loading with precedence, presets, and the machines of a cluster file."""
 
+from smolcluster.config.dump import config_yaml
 from smolcluster.config.hosts import Host, members
 from smolcluster.config.load import Resolved, load_config
 from smolcluster.config.schema import (
@@ -14,6 +15,7 @@ __all__ = [
     "Config",
     "Host",
     "Resolved",
+    "config_yaml",
     "load_config",
     "members",
     "resolved_batch_size",

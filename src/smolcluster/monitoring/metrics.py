@@ -39,8 +39,8 @@ class MetricsFile:
             self._file.write(json_line(row))
         except OSError as exc:
             raise TrainingStopped(
-                f"the metrics cannot be written to {self._path} ({exc.strerror or exc}). Free some space, or give --out "
-                "a folder on another disk"
+                f"the metrics cannot be written to {self._path} ({exc.strerror or exc}). Free some space, or give "
+                "--out a folder on another disk"
             ) from exc
 
     def close(self) -> None:

@@ -1,0 +1,169 @@
+"""The run folder: everything that a run leaves behind, written by the one process that owns it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from smolcluster.config.dump import config_yaml
+from smolcluster.config.schema import LANGUAGE_MODELS, Config
+from smolcluster.errors import ConfigError
+from smolcluster.kinds import JsonObject, JsonValue
+from smolcluster.monitoring.curves import LossCurves, draw_losses
+from smolcluster.monitoring.metrics import MetricsFile
+from smolcluster.monitoring.reporters import Reporter
+from smolcluster.monitoring.summary import build_summary, write_summary
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """How a run ended, for whoever started it.
+
+    Attributes:
+        exit_code: what the process exits with.
+        out: the run folder; None on ranks that do not own it.
+        summary: what stands in summary.json; None on ranks that do not own it.
+        error: one or two lines for the user.
+    """
+
+    exit_code: int
+    out: Path | None = None
+    summary: JsonObject | None = None
+    error: str | None = None
+
+
+class RunFolder:
+    """Owns `config.yaml`, `metrics.jsonl`, `summary.json` and `loss.png` of one run, and shows its progress.
+
+    `write` may be called from any thread; everything else from one.
+    """
+
+    def __init__(self, path: Path, config: Config, world_size: int, reporter: Reporter) -> None:
+        """Make the folder.
+
+        Raises:
+            ConfigError: it holds a run already, or cannot be made.
+        """
+        self.path = path
+        self._config = config
+        self._world_size = world_size
+        self._reporter = reporter
+        self._curves = LossCurves()
+        self._last: JsonObject = {}
+        self._samples = 0
+        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if (path / METRICS).exists():
+                raise ConfigError(f"--out {path} holds a run already. Give another folder, or remove that one")
+            (path / "logs").mkdir(exist_ok=True)
+            (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
+            self._metrics = MetricsFile(path / METRICS)
+        except OSError as exc:
+            raise ConfigError(
+                f"the run folder {path} cannot be made ({exc.strerror or exc}). Give another one with --out"
+            ) from exc
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def log_path(self, rank: int) -> Path:
+        """Where a rank's log goes."""
+        return self.path / "logs" / f"rank{rank}.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / "checkpoints"
+
+    def write(self, row: JsonObject) -> None:
+        """Take a row of any rank."""
+        with self._lock:
+            self._metrics.write(row)
+            self._curves.add(row)
+            if row.get("rank") == 0:
+                self._last |= row
+                samples = row.get("train/samples")
+                self._samples += samples if isinstance(samples, int) else 0
+
+    def progress(self, done: int, total: int, row: JsonObject) -> None:
+        """Show how far it is."""
+        self._reporter.progress(done, total, row)
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._reporter.note(text)
+
+    def finish(self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None]) -> JsonObject:
+        """Write summary and picture of a run that ended as it should, or that the user stopped; the summary."""
+        return self._conclude({**self._known(), **run}, ranks)
+
+    def fail(self, lost_ranks: Sequence[int] = ()) -> JsonObject:
+        """The same for a run that broke off: with what is known from the rows."""
+        last = self._last
+        partial: JsonObject = {
+            "steps": len(self._curves.steps),
+            "samples": self._samples,
+            "wall_s": time.monotonic() - self._started,
+            "train_loss": last.get("train/loss"),
+            "val_loss": last.get("val/loss"),
+            "val_accuracy": last.get("val/accuracy"),
+            "val_perplexity": last.get("val/perplexity"),
+            "lost_ranks": [*lost_ranks],
+        }
+        return self._conclude({**self._known(), **partial}, [None] * self._world_size)
+
+    def close(self) -> None:
+        """Close the files and give the terminal back."""
+        self._reporter.close()
+        self._metrics.close()
+
+    def _known(self) -> dict[str, JsonValue]:
+        config = self._config
+        return {"algorithm": config.algorithm, "model": config.model.type, "world_size": self._world_size}
+
+    def _conclude(self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None]) -> JsonObject:
+        self._reporter.close()
+        summary = build_summary(run, ranks)
+        write_summary(self.path / "summary.json", summary)
+        count = f"{self._world_size} ranks" if self._world_size > 1 else "one process"
+        title = f"{self._config.algorithm}, {self._config.model.type} on {self._config.data.dataset}, {count}"
+        note = draw_losses(self._curves, self.path / "loss.png", title, loss_unit(self._config))
+        if note is not None:
+            self._reporter.note(note)
+        return summary
+
+
+def default_out(config: Config) -> Path:
+    """`runs/<algorithm>-<model>-<timestamp>`, one that does not exist yet."""
+    model = config.model.type.rsplit(":", 1)[-1]
+    name = f"{config.algorithm}-{model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = Path("runs", name), 1
+    while path.exists():  # two runs in one second
+        number += 1
+        path = Path("runs", f"{name}-{number}")
+    return path
+
+
+def loss_unit(config: Config) -> str:
+    """What a loss of this run is counted in."""
+    if config.model.type not in LANGUAGE_MODELS:
+        return "nats"
+    return "nats per byte" if config.data.tokenizer == "bytes" else "nats per token"
+
+
+def rate_unit(config: Config) -> str:
+    """What the speed is counted in: targets are tokens for texts, else samples."""
+    return "tokens" if config.model.type in LANGUAGE_MODELS else "samples"

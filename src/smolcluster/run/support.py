@@ -1,0 +1,88 @@
+"""What this release can run. Checked before a process is started; imports no torch."""
+
+from __future__ import annotations
+
+from smolcluster.config.schema import Config
+from smolcluster.errors import ConfigError
+
+ALGORITHMS = ("single", "classicdp")
+
+
+def check_supported(config: Config, world_size: int) -> None:
+    """Refuse what comes in a later release, instead of running something else.
+
+    Args:
+        config: the resolved configuration.
+        world_size: ranks of the run.
+
+    Raises:
+        ConfigError: names the key, and what there is.
+    """
+    if config.algorithm not in ALGORITHMS:
+        raise ConfigError(
+            f"algorithm {config.algorithm} comes in a later release; available: {', '.join(ALGORITHMS)}"
+        )
+    if config.algorithm == "single" and world_size != 1:
+        raise ConfigError(
+            f"algorithm single is one process, but {world_size} ranks are asked for. Leave out --local, or choose "
+            "--algorithm classicdp"
+        )
+    later = {
+        "cluster.tls": config.cluster.tls,
+        "cluster.shares auto": config.cluster.shares == "auto",
+        "cluster.compression int8": config.cluster.compression == "int8",
+        "data.streaming": config.data.streaming,
+        "training.activation_checkpointing": config.training.activation_checkpointing,
+        f"logging.wandb {config.logging.wandb}": config.logging.wandb != "off",
+    }
+    for key, is_set in later.items():
+        if is_set:
+            raise ConfigError(f"{key} comes in a later release. Take it out of the configuration")
+    if config.algorithm == "single" and config.cluster.compression != "none":
+        raise ConfigError(
+            f"cluster.compression {config.cluster.compression} has no effect with algorithm single, which sends "
+            "nothing. Take it out, or choose --algorithm classicdp"
+        )
+
+
+def rank_weights(config: Config, names: list[str]) -> list[float]:
+    """Each rank's relative share of the global batch, in rank order.
+
+    Args:
+        config: `cluster.shares` decides.
+        names: the ranks' names, in rank order.
+
+    Raises:
+        ConfigError: the shares are not those of these ranks.
+    """
+    shares = config.cluster.shares
+    if isinstance(shares, str):
+        return [1.0] * len(names)
+    if isinstance(shares, dict):
+        if set(shares) != set(names):
+            raise ConfigError(
+                f"cluster.shares has {', '.join(shares)}, but the ranks are {', '.join(names)}. Name each of them once, "
+                "or give a list in rank order"
+            )
+        return [shares[name] for name in names]
+    if len(shares) != len(names):
+        raise ConfigError(
+            f"cluster.shares has {len(shares)} weights for {len(names)} ranks. Give one for each rank, or `even`"
+        )
+    return list(shares)
+
+
+def shared_options(config: Config) -> dict[str, str]:
+    """The settings that decide what is computed and sent, flat and as text: the same on every machine of a run.
+
+    Left out is what may differ from machine to machine: where files lie, what is shown, who listens where.
+    """
+    values = config.model_dump(mode="json")
+    sections = ("model", "training", "lr_schedule", "data")
+    keys = {f"{section}.{key}": value for section in sections for key, value in values[section].items()}
+    for key in ("training.device", "data.path"):
+        del keys[key]
+    keys["algorithm"] = values["algorithm"]
+    for key in ("seed", "staleness_bound", "patience", "shares", "compression", "bucket_bytes", "min_ranks"):
+        keys[f"cluster.{key}"] = values["cluster"][key]
+    return {key: str(value) for key, value in keys.items()}

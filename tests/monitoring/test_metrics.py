@@ -1,0 +1,68 @@
+"""Rows on disk, the summary's keys, and what a process says of itself."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from smolcluster.errors import TrainingStopped
+from smolcluster.monitoring.metrics import MetricsFile, read_rows
+from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
+from smolcluster.monitoring.summary import build_summary, write_summary
+
+# CONTRACT section 2, word for word
+SUMMARY_KEYS = """
+    algorithm model world_size steps samples tokens wall_s tokens_per_s train_loss val_loss val_accuracy
+    val_perplexity parameters weights_sha256 lost_ranks joined_ranks restarts
+    rank_samples rank_weights_sha256 parameter_bytes gradient_bytes optimizer_bytes peak_rss_bytes sent_bytes recv_bytes
+"""
+
+
+def test_a_row_is_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:
+    with MetricsFile(tmp_path / "run" / "metrics.jsonl") as metrics:
+        metrics.write({"step": 0, "train/loss": 0.1 + 0.2})
+        assert list(read_rows(tmp_path / "run" / "metrics.jsonl")) == [{"step": 0, "train/loss": 0.1 + 0.2}]
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path: Path) -> None:
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write({"train/loss": math.nan, "nested": {"list": [math.inf, 1.5]}})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "train/loss": None,
+        "nested": {"list": [None, 1.5]},
+    }
+
+
+def test_a_row_that_a_crash_cut_off_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1, "tr')
+    assert list(read_rows(tmp_path / "metrics.jsonl")) == [{"step": 0}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full (Linux)")
+def test_a_full_disk_stops_training_and_names_the_file() -> None:
+    metrics = MetricsFile(Path("/dev/full"))
+    with pytest.raises(TrainingStopped, match="/dev/full"):
+        metrics.write({"step": 0})
+    with pytest.raises(OSError, match="space"):
+        metrics.close()  # the row is still in its buffer
+
+
+def test_a_summary_has_every_key_and_null_for_what_is_unknown(tmp_path: Path) -> None:
+    reports = [{"samples": 5, "weights_sha256": "ab", "sent_bytes": 3}, None]
+    summary = build_summary({"algorithm": "classicdp", "world_size": 2, "lost_ranks": [1]}, reports)
+    write_summary(tmp_path / "summary.json", summary)
+    read = json.loads((tmp_path / "summary.json").read_text())
+    assert list(read) == SUMMARY_KEYS.split()
+    assert read["rank_samples"] == [5, None]
+    assert read["rank_weights_sha256"] == ["ab", None]
+    assert read["val_loss"] is None
+    assert (read["lost_ranks"], read["joined_ranks"], read["restarts"]) == ([1], [], 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_process_knows_its_memory_and_its_peak() -> None:
+    rss = ProcessUsage().row()["sys/rss_bytes"]
+    assert isinstance(rss, int)
+    block = bytearray(64 << 20)
+    assert peak_rss_bytes() >= rss + (len(block) * 3) // 4  # some of it may reuse memory that was free

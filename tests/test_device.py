@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from smolcluster.device import prepare_process, resolve_device
+from smolcluster.errors import ConfigError
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, cuda: int, mps: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(0, False, "cpu"), (0, True, "mps"), (2, False, "cuda:0"), (1, True, "cuda:0")]
+)
+def test_auto_takes_the_fastest_that_there_is(
+    monkeypatch: pytest.MonkeyPatch, cuda: int, mps: bool, expected: str
+) -> None:
+    offer(monkeypatch, cuda, mps)
+    assert str(resolve_device("auto")) == expected
+    assert str(resolve_device("cpu")) == "cpu"
+
+
+def test_ranks_of_one_machine_share_its_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, cuda=2, mps=False)
+    assert [str(resolve_device("cuda", local_rank)) for local_rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, cuda=0, mps=True)
+    with pytest.raises(ConfigError, match=r"training.device is 'cuda', but this machine offers mps, cpu"):
+        resolve_device("cuda")
+
+
+def test_a_prepared_process_uses_one_thread_and_flushes_denormals() -> None:
+    prepare_process()
+    assert torch.get_num_threads() == 1
+    assert (torch.tensor([1e-30]) * 1e-10).item() == 0.0
