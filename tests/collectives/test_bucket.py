@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from smolcluster.collectives.base import Work
 from smolcluster.collectives.bucket import FIRST_BUCKET_BYTES, GradientBuckets, StepSums, plan_buckets
 from smolcluster.collectives.codec import codec_for
 from smolcluster.collectives.local import LocalCommunicator, LocalGroup
 from smolcluster.errors import ConfigError
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 class Recorder:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -62,6 +63,13 @@ def test_values_depend_on_seed_and_on_name() -> None:
     )
 
 
+def test_values_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    rule = InitRule("normal", 1.0)
+    with torch.device("meta"):
+        value = draw_parameter("a.weight", (8,), rule, seed=0)
+    assert torch.equal(value, draw_parameter("a.weight", (8,), rule, seed=0))
+
+
 def test_rules_give_their_distribution() -> None:
     count = 40_000
     normal = draw_parameter("w", (count,), InitRule("normal", 0.02), seed=0)
@@ -104,8 +112,9 @@ def test_a_tied_parameter_counts_under_its_first_name() -> None:
     assert torch.equal(model.children_[1].weight, draw_parameter("children_.0.weight", (2, 2), rule, seed=9))
 
 
-def test_the_meta_device_is_left_alone_and_filled_later() -> None:
-    with torch.device("meta"):
+def test_the_meta_device_is_left_alone_and_filled_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, torch.device("meta"):
+        patch.delattr("smolcluster.models.init.draw_parameter")  # nothing is drawn in vain
         model = GPT(CONFIG, seed=5)
     assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")

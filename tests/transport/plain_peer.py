@@ -199,7 +199,7 @@ class Control:
         self.ended = threading.Event()
 
     def _mac(self, direction: bytes, head: bytes, text: bytes) -> bytes:
-        return hmac.new(self.key, direction + head + text, hashlib.sha256).digest()[:16]
+        return hmac.new(self.key, direction + head + text, hashlib.sha256).digest()[16:]
 
     def send(self, kind: str, **fields: Any) -> None:
         text = json.dumps({"kind": kind, **fields}).encode()
@@ -433,7 +433,7 @@ def part(control: Control, lanes: tuple[Frames, Frames]) -> None:
     for sock in (control.sock, *(lane.sock for lane in lanes)):
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)
-    control.ended.wait(2.0)
+    control.ended.wait(1.0)
 
 
 def main() -> int:

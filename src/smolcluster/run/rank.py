@@ -1,22 +1,158 @@
-"""One rank of `--local N`, started by local.py as `python -m smolcluster.run.rank`. Speaks to its parent only."""
+"""One rank of `--local N`, started by local.py as `python -m smolcluster.run.rank`. Speaks to its parent only.
+
+Nothing at the top imports torch: rank 0 listens, and says where, before the seconds that this takes.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import logging
+import os
+import signal
 import sys
-import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict
+
 from smolcluster.config.schema import Config
-from smolcluster.errors import CollectiveTimeout, PeerLost, SmolError, TransportError
+from smolcluster.errors import CollectiveTimeout, PeerLost, RendezvousTimeout, SmolError, TransportError
 from smolcluster.kinds import JsonObject
-from smolcluster.log import log_to_stream
+from smolcluster.log import log_to_file
 from smolcluster.run.parent import ParentLink
+from smolcluster.run.support import shared_options
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
 from smolcluster.transport.tcp import listen
+
+if TYPE_CHECKING:
+    from smolcluster.cluster.world import World
+    from smolcluster.collectives.base import Communicator
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+# Progress is for eyes: more often costs a fast run time in the parent.
+_PROGRESS_INTERVAL_S = 0.1
+
+
+class Bootstrap(BaseModel):
+    """The first message that a rank gets. Holds the token: never logged."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    names: list[str]
+    config: Config
+    token: str
+    """In hex."""
+    run_id: str
+    init_file: str | None
+    """Where the ranks of backend gloo and nccl find each other."""
+    log_path: Path
+    checkpoints: Path
+    skip_nonfinite: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return len(self.names)
+
+
+class _PipeSink:
+    """Rows and progress as lines to the parent."""
+
+    def __init__(self, link: ParentLink, rank: int) -> None:
+        self._link = link
+        self._shows_progress = rank == 0
+        self._shown_at = 0.0
+
+    def write(self, row: JsonObject) -> None:
+        self._link.tell({"event": "row", "row": row})
+
+    def progress(self, done: int, total: int, row: JsonObject) -> None:
+        now = time.monotonic()
+        is_due = done == total or "val/loss" in row or now - self._shown_at >= _PROGRESS_INTERVAL_S
+        if self._shows_progress and is_due:
+            self._shown_at = now
+            self._link.tell({"event": "progress", "done": done, "total": total, "row": row})
+
+
+def main() -> None:
+    """Run the rank that the parent describes; ends the process."""
+    faulthandler.enable()  # a crash in native code leaves its stack in the log
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    link = ParentLink()
+    start = Bootstrap.model_validate(link.bootstrap())
+    log_to_file(start.log_path)
+    logger.info("rank started rank=%d world_size=%d pid=%d", start.rank, start.world_size, os.getpid())
+    try:
+        exit_code = _Rank(link, start).run()
+    except BaseException as error:  # noqa: BLE001 - the process's top: whatever it is, the parent hears of it
+        logger.exception("rank failed rank=%d", start.rank)
+        link.tell(error_event(start.rank, error, start.log_path, consequence=is_consequence(error)))
+        exit_code = error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
+    logging.shutdown()
+    # Not sys.exit: after an error, destructors of torch.distributed may wait for ranks that are gone.
+    os._exit(exit_code)
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether an error only says that another rank failed."""
+    return isinstance(error, PeerLost | RendezvousTimeout | CollectiveTimeout | TransportError)
+
+
+def error_event(rank: int, error: BaseException, log_path: Path | None, *, consequence: bool) -> JsonObject:
+    """What a rank tells of its error."""
+    message = str(error)
+    if not isinstance(error, SmolError):
+        where = "" if log_path is None else f" Its log has the traceback: {log_path}"
+        message = f"rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}.{where}"
+    return {
+        "event": "error",
+        "message": message,
+        "exit_code": error.exit_code if isinstance(error, SmolError) else EXIT_FAILED,
+        "consequence": consequence,
+    }
+
+
+class _Rank:
+    """The run of this process."""
+
+    def __init__(self, link: ParentLink, start: Bootstrap) -> None:
+        self._link = link
+        self._start = start
+
+    def run(self) -> int:
+        """Train; returns the exit code."""
+        start = self._start
+        over_tcp = start.world_size > 1 and start.config.backend == "tcp"
+        listener = None
+        if over_tcp:
+            listener = listen(LOOPBACK, 0, token=bytes.fromhex(start.token), run_id=start.run_id)
+            self._link.tell({"event": "listening", "address": listener.address})
+
+        # From here on torch is imported.
+        from smolcluster.run.build import prepare
+        from smolcluster.run.connect import alone, join_tcp
+
+        parts = prepare(start.config, start.rank, start.names, local_rank=start.rank)
+        world: World | None = None
+        if listener is not None:
+            leader = listener.address if start.rank == 0 else self._link.leader_address()
+            world, comm = join_tcp(
+                rank=start.rank,
+                world_size=start.world_size,
+                name=start.names[start.rank],
+                listener=listener,
+                token=bytes.fromhex(start.token),
+                leader_address=leader,
+                run_id=start.run_id,
+                patience=start.config.cluster.patience,
+                options=shared_options(start.config),
+            )
+        elif start.world_size > 1:
+            comm = self._join_torch()
+        else:
+            comm = alone()

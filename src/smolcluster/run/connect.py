@@ -1,0 +1,171 @@
+"""How the ranks of a run become one communicator, for every backend and every way to start them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from smolcluster.cluster.rendezvous import join_world
+from smolcluster.cluster.world import World
+from smolcluster.collectives.base import Communicator
+from smolcluster.collectives.local import LocalGroup
+from smolcluster.collectives.tcp import TcpCommunicator
+from smolcluster.device import prepare_process
+from smolcluster.errors import ConfigError, RendezvousTimeout
+from smolcluster.run.launcher import Launch, launch_from_environment
+from smolcluster.transport.base import Listener
+from smolcluster.transport.security import load_token
+from smolcluster.transport.tcp import listen
+
+logger = logging.getLogger(__name__)
+
+# Machines are started by hand, one terminal after the other, and a Raspberry Pi takes half a minute to import torch:
+# with the default patience of 5 s there are 5 minutes until all have to be there.
+JOIN_PATIENCES = 60
+DEFAULT_PATIENCE = 5.0
+_LEADER_KEY = "smolcluster/leader"
+
+
+def connect(*, patience: float = DEFAULT_PATIENCE, token_file: Path | None = None) -> Communicator:
+    """The communicator of this process: the launcher's job over our TCP engine, or world size 1 without one.
+
+    Blocks until every rank of the job has called it. Also sets what every computing process needs: one torch thread,
+    denormals flushed to zero. `close()` it at the end, on every rank.
+
+    Args:
+        patience: seconds until a silent rank counts as lost.
+        token_file: where the cluster token is; None: `SMOLCLUSTER_TOKEN`, or the user's config folder.
+
+    Raises:
+        ConfigError: the launcher's variables or the token are wrong.
+        RendezvousTimeout: not every rank came in time.
+    """
+    prepare_process()
+    launch = launch_from_environment()
+    if launch is None or launch.world_size == 1:
+        return alone()
+    return join_launch(launch, load_token(token_file), patience=patience, options={})[1]
+
+
+def alone() -> Communicator:
+    """World size 1: every collective is done at once, and no socket is opened."""
+    return LocalGroup(1).communicators[0]
+
+
+def join_tcp(
+    *,
+    rank: int,
+    world_size: int,
+    name: str,
+    listener: Listener,
+    token: bytes,
+    leader_address: str,
+    run_id: str,
+    patience: float,
+    options: Mapping[str, str],
+) -> tuple[World, Communicator]:
+    """Meet the other ranks and open the connections to them; blocks until all are there.
+
+    Args:
+        rank: this rank; rank 0 leads.
+        world_size: all ranks.
+        name: this rank's name, unique.
+        listener: where this rank accepts connections.
+        token: the cluster token.
+        leader_address: where rank 0 listens.
+        run_id: what the ranks have in common before they talk.
+        patience: seconds until a silent rank counts as lost.
+        options: what must be equal on all ranks.
+
+    Raises:
+        RendezvousTimeout: not all came in time.
+        ConfigError: rank 0 refused this rank.
+    """
+    world = join_world(
+        rank=rank,
+        world_size=world_size,
+        name=name,
+        listener=listener,
+        token=token,
+        leader_address=leader_address,
+        run_id=run_id,
+        patience=patience,
+        timeout=JOIN_PATIENCES * patience,
+        options=options,
+    )
+    return world, TcpCommunicator(world)
+
+
+def join_launch(
+    launch: Launch, token: bytes, *, patience: float, options: Mapping[str, str]
+) -> tuple[World, Communicator]:
+    """Join a launcher's job over our TCP engine; blocks until all ranks are there.
+
+    Rank 0 listens at MASTER_ADDR and MASTER_PORT. torchrun keeps a store of its own at that port: there rank 0 takes
+    a free port and the store tells the others which.
+    """
+    host = launch.master_addr
+    run_id = _job_id()
+    if launch.rank == 0:
+        listener = listen(host, 0 if launch.agent_store else launch.master_port, token=token, run_id=run_id)
+    else:
+        listener = listen(_address_towards(host, launch.master_port), 0, token=token, run_id=run_id)
+    leader_address = f"tcp://{host}:{launch.master_port}"
+    if launch.agent_store:
+        leader_address = _through_agent_store(launch, listener.address, JOIN_PATIENCES * patience)
+    logger.info("joining rank=%d world_size=%d leader=%s", launch.rank, launch.world_size, leader_address)
+    return join_tcp(
+        rank=launch.rank,
+        world_size=launch.world_size,
+        name=f"rank{launch.rank}",
+        listener=listener,
+        token=token,
+        leader_address=leader_address,
+        run_id=run_id,
+        patience=patience,
+        options=options,
+    )
+
+
+def _job_id() -> str:
+    """Tells jobs apart that one launcher runs at the same time."""
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    return hashlib.sha256("/".join(os.environ.get(name, "") for name in names).encode()).hexdigest()[:16]
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to `host`: where `host` can reach it. Sends nothing."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as exc:
+        raise ConfigError(
+            f"MASTER_ADDR={host} cannot be reached from this machine ({exc.strerror or exc}). Set it to an address of "
+            "rank 0's machine"
+        ) from exc
+
+
+def _through_agent_store(launch: Launch, address: str, timeout: float) -> str:
+    """Rank 0 leaves its address in torchrun's store, the others fetch it."""
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    key = f"{_LEADER_KEY}/{_job_id()}"
+    try:
+        store = TCPStore(launch.master_addr, launch.master_port, is_master=False, timeout=timedelta(seconds=timeout))
+        if launch.rank == 0:
+            store.set(key, address)
+            return address
+        return str(store.get(key).decode())
+    except RuntimeError as exc:  # torch.distributed.DistError is one
+        raise RendezvousTimeout(
+            f"rank {launch.rank} found no address of rank 0 in torchrun's store at {launch.master_addr}:"
+            f"{launch.master_port} within {timeout:g} s. Look at the output of rank 0"
+        ) from exc

@@ -1,0 +1,162 @@
+"""Break the program in the usual ways, one at a time, and see that the tests notice: `make mutants`.
+
+Each mutant is an exact replacement of text in a copy of `src/`. Where the text is no longer there, this fails loudly:
+adapt the mutant to the new code. A mutant that the tests do not notice fails as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSICDP_TESTS = ("tests/algorithms/test_classicdp.py",)
+SINGLE_TESTS = ("tests/algorithms/test_single.py",)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: `old` becomes `new` in `file` (below src/smolcluster), and `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = CLASSICDP_TESTS
+
+
+MUTANTS = (
+    Mutant(
+        "no broadcast",
+        "algorithms/classicdp.py",
+        "        _broadcast_model(model, comm)\n",
+        "",
+    ),
+    Mutant(
+        "wrong 1/N",
+        "algorithms/classicdp.py",
+        "correction = due.planned / max(sums.count, 1) / due.loss_scale",
+        "correction = due.planned / max(sums.count, 1) / due.loss_scale / self._comm.world_size",
+    ),
+    Mutant(
+        "one bucket skipped",
+        "collectives/bucket.py",
+        "            self._issue(flat, self._codec)\n",
+        "            if len(self._pending) == 1:\n"
+        "                self._issue(flat.clone(), self._codec)  # the sum goes nowhere\n"
+        "                continue\n"
+        "            self._issue(flat, self._codec)\n",
+    ),
+    Mutant(
+        "clip before reduce",
+        "algorithms/classicdp.py",
+        """        forward_backward(
+            self.model,
+            batches,
+            loss_scale / planned,
+            self._precision,
+            device=self._device,
+            before_last=self._buckets.arm,
+            telemetry=self._comm.telemetry,
+        )
+""",
+        """        loss_sum = forward_backward(
+            self.model,
+            batches,
+            loss_scale / planned,
+            self._precision,
+            device=self._device,
+            telemetry=self._comm.telemetry,
+        )
+        share = None if self._grad_clip_norm is None else self._grad_clip_norm / self._comm.world_size
+        clip_gradients(self._params, share)
+        self._buckets.arm(loss_sum)
+""",
+    ),
+    Mutant(
+        "K off by one",
+        "algorithms/classicdp.py",
+        "if len(self._under_way) <= self._staleness_bound:",
+        "if len(self._under_way) <= self._staleness_bound - 1:",
+    ),
+    Mutant(
+        "every rank computes the whole batch",
+        "data/sampler.py",
+        "return indices[start : start + counts[rank]]",
+        "return indices",
+    ),
+    Mutant(
+        "single: K off by one",
+        "algorithms/single.py",
+        "if len(self._queue) <= self._staleness_bound:",
+        "if len(self._queue) <= self._staleness_bound - 1:",
+        SINGLE_TESTS,
+    ),
+    Mutant(
+        "single: never clipped",
+        "algorithms/single.py",
+        "grad_norm = clip_gradients(self._params, self._grad_clip_norm, 1.0 / due.loss_scale)",
+        "grad_norm = clip_gradients(self._params, None, 1.0 / due.loss_scale)",
+        SINGLE_TESTS,
+    ),
+)
+
+
+def main() -> int:
+    """Try all mutants, or those whose names contain an argument; the exit code is the number not noticed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of names; default: all mutants")
+    names = parser.parse_args().names
+    chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    unnoticed = [mutant.name for mutant in chosen if not is_noticed(mutant)]
+    for name in unnoticed:
+        print(f"NOT NOTICED: {name}")
+    print(f"{len(chosen) - len(unnoticed)} of {len(chosen)} mutants noticed")
+    return len(unnoticed)
+
+
+def is_noticed(mutant: Mutant) -> bool:
+    """Whether the mutant's tests fail on a copy of the source that contains it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+        apply(mutant, source / "smolcluster")
+        environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
+        tested = _run(["-c", "import smolcluster; print(smolcluster.__file__)"], environment)
+        if not Path(tested.stdout.strip()).resolve().is_relative_to(source.resolve()):
+            raise SystemExit(f"the tests would run against {tested.stdout.strip()}, not the mutant in {source}")
+        pytest = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
+        run = _run(pytest, environment)
+    if run.returncode not in (0, 1):  # 1: tests failed; anything else: they did not run
+        raise SystemExit(f"{mutant.name}: pytest ended with {run.returncode}\n{run.stdout}\n{run.stderr}")
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    print(f"{mutant.name}: {'noticed by ' + failed[0] if failed else 'all tests pass'}", flush=True)
+    return run.returncode == 1
+
+
+def apply(mutant: Mutant, package: Path) -> None:
+    """Put the mutant into the copy of the package."""
+    file = package / mutant.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        raise SystemExit(
+            f"mutant {mutant.name!r}: its text occurs {text.count(mutant.old)} times in src/smolcluster/{mutant.file}, "
+            f"not once. The code has changed: adapt the mutant in tests/mutants/run_mutants.py."
+        )
+    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+
+
+def _run(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
