@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from smolcluster.device import prepare_process, resolve_device
 from smolcluster.errors import ConfigError
 

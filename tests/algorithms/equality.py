@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+from collectives.contract import open_group, run_group
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.single import Single
-from smolcluster.collectives.local import LocalCommunicator, LocalGroup
+from smolcluster.collectives.base import Communicator
 from smolcluster.data.batch import NO_TARGET, Batch
 from smolcluster.data.sampler import Sampler, split_by_shares
 from smolcluster.models.gpt import GPT, GPTConfig
@@ -17,7 +20,6 @@ from smolcluster.models.simple_nn import SimpleNN
 from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.schedule import lr_schedule
 from smolcluster.training.step import StepResult
-from torch import Tensor, nn
 
 VOCAB, TIME, DIM, LAYERS = 19, 8, 16, 2
 
@@ -107,7 +109,7 @@ class Outcome:
     weights: dict[str, Tensor]
 
 
-Strategies = Callable[[nn.Module, LocalCommunicator, Case], Any]
+Strategies = Callable[[nn.Module, Communicator, Case], Any]
 
 
 def _arguments(case: Case) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _arguments(case: Case) -> dict[str, Any]:
     return {"precision": case.precision, "lr_schedule": schedule, **case.options}
 
 
-def make_classicdp(model: nn.Module, comm: LocalCommunicator, case: Case) -> ClassicDP:
+def make_classicdp(model: nn.Module, comm: Communicator, case: Case) -> ClassicDP:
     # 2 KiB: the small models have several buckets.
     arguments = {"bucket_bytes": 2048, **_arguments(case)}
     return ClassicDP(model, optimizer_factory("adamw", 3e-3, 0.1), comm, **arguments)
@@ -135,18 +137,17 @@ def run_classicdp(
     world_size: int,
     make_strategy: Strategies = make_classicdp,
     rank_batches: Callable[[int, int, int], list[Batch]] | None = None,
+    engine: str = "local",
 ) -> list[Outcome]:
     """Train over `world_size` threads, each from other initial weights; one outcome per rank."""
     rank_batches = rank_batches or case.rank_batches
 
-    def train(comm: LocalCommunicator) -> Outcome:
+    def train(comm: Communicator) -> Outcome:
         strategy = make_strategy(case.build(comm.rank), comm, case)
-        results = [
-            strategy.train_step(rank_batches(step, comm.rank, comm.world_size)) for step in range(case.steps)
-        ]
+        results = [strategy.train_step(rank_batches(step, comm.rank, comm.world_size)) for step in range(case.steps)]
         return _outcome(strategy, results)
 
-    return LocalGroup(world_size).run(train)
+    return run_group(open_group(engine, world_size), train)
 
 
 def _outcome(strategy: Any, results: list[StepResult | None]) -> Outcome:

@@ -1,7 +1,7 @@
 """A training loop of a small GPT that knows nothing of smolcluster: plain PyTorch, written a second time.
 
-Only the initial weights come from outside, as tensors. What a gradient, a clip, an optimizer step and a delayed gradient
-are is decided here.
+Only the initial weights come from outside, as tensors. What a gradient, a clip, an optimizer step and a delayed
+gradient are is decided here.
 """
 
 import torch

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from algorithms import reference_loop
 from algorithms.equality import Case, build_gpt, build_simple_nn, run_single
 from smolcluster.algorithms import single
@@ -14,7 +16,6 @@ from smolcluster.data.batch import Batch
 from smolcluster.errors import ConfigError, TrainingStopped
 from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.schedule import lr_schedule
-from torch import nn
 
 ADAMW = optimizer_factory("adamw", 1e-3, 0.1)
 
@@ -29,7 +30,9 @@ def test_single_gives_the_numbers_of_an_independent_script(precision: str, delay
     weights = {name: param.detach().clone() for name, param in model.named_parameters()}
     if precision == "fp64":
         weights = {name: tensor.double() for name, tensor in weights.items()}
-    losses, norms, final = reference_loop.train(weights, batches, 2, [schedule(i) for i in range(steps)], 0.1, 0.5, delay)
+    losses, norms, final = reference_loop.train(
+        weights, batches, 2, [schedule(i) for i in range(steps)], 0.1, 0.5, delay
+    )
 
     strategy = Single(
         model, ADAMW, precision=precision, lr_schedule=schedule, grad_clip_norm=0.5, staleness_bound=delay
@@ -168,5 +171,11 @@ def test_the_file_imports_only_torch_models_data_and_three_of_training() -> None
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module or "")
     allowed = ("torch", "smolcluster.models", "smolcluster.data", "smolcluster.training.step")
-    allowed += ("smolcluster.training.optim", "smolcluster.training.schedule", "__future__", "collections", "dataclasses")
+    allowed += (
+        "smolcluster.training.optim",
+        "smolcluster.training.schedule",
+        "__future__",
+        "collections",
+        "dataclasses",
+    )
     assert {name for name in imported if not name.startswith(allowed)} == set()

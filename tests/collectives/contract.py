@@ -7,19 +7,26 @@ loopback, `inproc` the tcp engine over in-process channels, `local` no channel a
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 
+from collectives.gloo_threads import gloo_group
 from smolcluster.collectives.base import Communicator
+from smolcluster.collectives.groups import inproc_group, tcp_group
+from smolcluster.collectives.local import LocalGroup
 from smolcluster.errors import CollectiveTimeout, PeerLost, SmolError
 
-ENGINES = ("local", "inproc", "tcp", "gloo")
+_FACTORIES: dict[str, Callable[[int], Sequence[Communicator]]] = {
+    "local": lambda world_size: LocalGroup(world_size).communicators,
+    "inproc": inproc_group,
+    "tcp": tcp_group,
+    "gloo": gloo_group,
+}
+ENGINES = tuple(_FACTORIES)
 
 # Every wait of the suite that ought to succeed uses it, so that a deadlock fails the test instead of hanging it.
 PATIENCE = 20.0
@@ -30,19 +37,7 @@ RunRanks = Callable[..., list[Any]]
 
 def open_group(engine: str, world_size: int) -> list[Communicator]:
     """One connected communicator per rank, in rank order."""
-    if engine == "local":
-        local = importlib.import_module("smolcluster.collectives.local")
-        return list(local.LocalGroup(world_size).communicators)
-    if engine == "gloo":
-        from collectives.gloo_threads import gloo_group
-
-        return gloo_group(world_size)
-    name = {"inproc": "inproc_group", "tcp": "tcp_group"}[engine]
-    try:
-        factory = getattr(importlib.import_module("smolcluster.collectives.groups"), name)
-    except (ImportError, AttributeError) as exc:
-        pytest.skip(f"engine {engine} is not there yet: {exc}")
-    return list(factory(world_size))
+    return list(_FACTORIES[engine](world_size))
 
 
 def run_group(comms: list[Communicator], fn: RankFunction, timeout: float = 60.0) -> list[Any]:

@@ -61,9 +61,15 @@ def one_step(
 
 def test_buckets_go_from_the_last_parameter_to_the_first_and_the_first_is_small() -> None:
     mebi = 2**20 // 4
-    params = params_of(mebi * 3, mebi * 2, mebi, mebi, mebi // 2, mebi // 2)
+    params = params_of(mebi * 30, mebi * 2, mebi, mebi, mebi // 2, mebi // 2)
     assert plan_buckets(params, 4 * 2**20) == [[5, 4], [3, 2, 1], [0]]
     assert FIRST_BUCKET_BYTES == 2**20
+
+
+def test_a_small_model_has_smaller_buckets_so_that_backward_can_hide_them() -> None:
+    quarter = 2**18 // 4
+    assert [len(bucket) for bucket in plan_buckets(params_of(*[quarter] * 16), 4 * 2**20)] == [2] * 8
+    assert [len(bucket) for bucket in plan_buckets(params_of(*[quarter // 2] * 8), 4 * 2**20)] == [2] * 4
 
 
 def test_a_parameter_larger_than_a_bucket_has_one_of_its_own() -> None:

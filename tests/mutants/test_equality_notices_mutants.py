@@ -1,5 +1,6 @@
-"""Each way in which data parallelism is usually wrong must fail the equality check. `make mutants` does the same slowly,
-by changing the source text and running the whole equality tests against it.
+"""Each way in which data parallelism is usually wrong must fail the equality check.
+
+`make mutants` does the same slowly, by changing the source text and running all equality tests against it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from algorithms.equality import Case, check_equal, make_classicdp, run_classicdp, run_single
 from smolcluster.algorithms import classicdp
 from smolcluster.algorithms.classicdp import ClassicDP
@@ -16,7 +19,6 @@ from smolcluster.collectives.bucket import GradientBuckets
 from smolcluster.collectives.local import LocalCommunicator
 from smolcluster.data.batch import Batch
 from smolcluster.training.step import clip_gradients, forward_backward
-from torch import Tensor, nn
 
 WORLD_SIZE = 3
 CASE = Case(steps=12).with_options(grad_clip_norm=0.3)

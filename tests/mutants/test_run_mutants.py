@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from mutants.run_mutants import MUTANTS, ROOT, Mutant, apply
 
 # Not run here (each takes seconds): `make mutants` does. Here only: they still fit the code.

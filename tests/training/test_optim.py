@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from smolcluster.errors import ConfigError
 from smolcluster.training.optim import optimizer_factory
-from torch import nn
 
 
 def weights_after(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], dtype: torch.dtype) -> list[Any]:

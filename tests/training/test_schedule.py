@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from smolcluster.errors import ConfigError
 from smolcluster.training.schedule import lr_schedule
 

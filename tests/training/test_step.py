@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from smolcluster.data.batch import NO_TARGET, Batch
 from smolcluster.errors import ConfigError, TrainingStopped
 from smolcluster.models.simple_nn import SimpleNN
@@ -19,7 +21,6 @@ from smolcluster.training.step import (
     is_applicable,
     prepare_model,
 )
-from torch import Tensor, nn
 
 
 def classes(count: int) -> Batch:
@@ -143,6 +144,12 @@ def test_gradients_of_several_dtypes_have_one_norm() -> None:
     for param, value in zip(params, (2.0, 3.0, 6.0), strict=True):
         param.grad = torch.full_like(param, value)
     assert clip_gradients(params, None) == 7.0
+
+
+def test_the_norm_of_half_precision_gradients_is_computed_in_float32() -> None:
+    param = nn.Parameter(torch.zeros(257, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    assert clip_gradients([param], None) == pytest.approx(257**0.5, rel=1e-6)
 
 
 def test_the_norm_without_any_gradient_is_zero() -> None:

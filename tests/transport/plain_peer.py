@@ -199,7 +199,7 @@ class Control:
         self.ended = threading.Event()
 
     def _mac(self, direction: bytes, head: bytes, text: bytes) -> bytes:
-        return hmac.new(self.key, direction + head + text, hashlib.sha256).digest()[16:]
+        return hmac.new(self.key, direction + head + text, hashlib.sha256).digest()[:16]
 
     def send(self, kind: str, **fields: Any) -> None:
         text = json.dumps({"kind": kind, **fields}).encode()
@@ -429,7 +429,8 @@ def lead(listen_at: tuple[str, int], token: bytes, run_id: str, patience: float)
 
 def part(control: Control, lanes: tuple[Frames, Frames]) -> None:
     """Say `leave`, end every connection, and let what is still on its way arrive."""
-    control.leave()
+    with contextlib.suppress(OSError):  # they may have left first
+        control.leave()
     for sock in (control.sock, *(lane.sock for lane in lanes)):
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_WR)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 from smolcluster.cluster.rendezvous import join_world
 from smolcluster.cluster.world import World
 from smolcluster.collectives.tcp import TcpCommunicator
-from smolcluster.errors import AuthFailed, ConfigError, RendezvousTimeout
+from smolcluster.errors import AuthFailed, ConfigError, ConnectionLost, RendezvousTimeout
 from smolcluster.transport.tcp import TcpListener, listen, parse_address
 
 PLAIN_PEER = Path(__file__).with_name("plain_peer.py")
@@ -131,23 +132,41 @@ def test_the_collectives_agree_and_the_peer_leaves(role: str) -> None:
     plain = torch.arange(10, dtype=torch.float32)
     peer_rank = PEER_RANK[role]
     total = mine.clone()
-    with meeting(role, patience=1.0) as (world, comm, peer):
+    with meeting(role, patience=1.0) as (_, comm, peer):
         time.sleep(1.5)  # longer than the patience: the run lives by its beats
         comm.send(torch.zeros(1), peer_rank, STOP).wait(10)
         comm.barrier(10)
         found = comm.exchange({"peer": "real", "text": "größer"}, 10)
         comm.all_reduce(total).wait(10)
+        comm.close()
         said, _ = peer.communicate(timeout=20)
-        time.sleep(0.1)
-        lost = world.error()
 
-    assert lost is None  # it said that it leaves
     assert peer.returncode == 0, said
     assert found[peer_rank] == {"peer": "plain"}
     assert torch.equal(total, mine + plain)
     results = dict(line.split(" ", 1) for line in said.splitlines() if line.startswith(("exchanged ", "sum ")))
     assert json.loads(results["exchanged"]) == {"peer": "real", "text": "größer"}
     assert json.loads(results["sum"]) == total.tolist()
+
+
+@pytest.mark.parametrize("role", ["follower", "leader"])
+def test_a_peer_that_left_is_not_lost_when_its_bulk_connection_ends(role: str) -> None:
+    with meeting(role) as (world, comm, peer):
+        comm.send(torch.zeros(1), PEER_RANK[role], STOP).wait(10)
+        comm.barrier(10)
+        comm.exchange({}, 10)
+        comm.all_reduce(torch.zeros(10)).wait(10)
+        peer.communicate(timeout=20)  # it has sent `leave` and closed everything
+        judged: queue.Queue[PeerLost] = queue.Queue()
+        world.suspect(PEER_RANK[role], ConnectionLost("it closed"), judged.put)  # as the communicator when it sees that
+        left = judged.get(timeout=10)
+        error = world.error()
+        with pytest.raises(PeerLost, match="has left the run"):  # what still needs it fails, and only that
+            comm.recv(PEER_RANK[role], 3).wait(10)
+
+    assert peer.returncode == 0
+    assert left.rank == PEER_RANK[role]
+    assert error is None
 
 
 def test_a_peer_with_a_wrong_token_is_refused_and_stays_missing(listener: TcpListener) -> None:

@@ -123,7 +123,7 @@ class _Lobby:
                 del self.links[rank], self.members[rank]
         return [rank for rank in range(self._world_size) if rank not in self.members]
 
-    def admit(self, link: ControlLink) -> None:
+    def admit(self, hello: Hello, link: ControlLink) -> None:
         """Read a newcomer's "join"; keep it, or tell it why not."""
         try:
             message = link.receive(timeout=JOIN_TIMEOUT)
@@ -132,25 +132,33 @@ class _Lobby:
             link.close()
             return
         self.missing()
-        refusal = self._refusal(message or {})
+        refusal = self._refusal(hello, message or {})
         if refusal is None and message is not None:
-            rank = int(str(message["rank"]))
-            self.members[rank] = Member(rank, str(message["name"]), str(message["address"]))
-            self.links[rank] = link
-            logger.info("rank joined rank=%d name=%s address=%s", rank, message["name"], message["address"])
+            member = Member(hello.rank, str(message["name"]), str(message["address"]))
+            self.members[hello.rank], self.links[hello.rank] = member, link
+            logger.info("rank joined rank=%d name=%s address=%s", member.rank, member.name, member.address)
             return
         logger.warning("rank refused reason=%s", refusal)
         with contextlib.suppress(SmolError):
             link.send({"kind": "refused", "reason": refusal})
         link.close()
 
-    def _refusal(self, message: JsonObject) -> str | None:
-        rank, name, world_size = message.get("rank"), message.get("name"), message.get("world_size")
-        if message.get("kind") != "join" or not isinstance(rank, int) or not isinstance(name, str):
-            return "its join message is malformed"
+    def _refusal(self, hello: Hello, message: JsonObject) -> str | None:
+        match message:
+            case {
+                "kind": "join",
+                "rank": rank,
+                "name": str(name),
+                "world_size": world_size,
+                "address": str(),
+                "options": dict(theirs),
+            } if rank == hello.rank and not isinstance(rank, bool):
+                pass
+            case _:
+                return "its join message is malformed"
         if world_size != self._world_size:
             return f"{name!r} expects {world_size} ranks, rank 0 expects {self._world_size}"
-        if not 0 <= rank < self._world_size:
+        if not 0 <= hello.rank < self._world_size:
             return f"{name!r} wants rank {rank}, but the ranks are 0 to {self._world_size - 1}"
         for member in self.members.values():
             if member.rank == rank or member.name == name:
@@ -158,8 +166,7 @@ class _Lobby:
                     f"{name!r} wants rank {rank}, but {member.name!r} (rank {member.rank}) is here already; "
                     "is the same machine started twice?"
                 )
-        theirs = message.get("options")
-        return _difference(name, theirs if isinstance(theirs, dict) else {}, self._options)
+        return _difference(name, theirs, self._options)
 
 
 def _difference(name: str, theirs: JsonObject, ours: dict[str, str]) -> str | None:
@@ -185,7 +192,7 @@ def _lead(
                 f"{listener.address} within {timeout:g} s. Start the missing ranks, or look for a firewall in between"
             )
         with contextlib.suppress(ConnectFailed):
-            lobby.admit(listener.accept_control(min(left, TICK))[1])
+            lobby.admit(*listener.accept_control(min(left, TICK)))
     members = tuple(lobby.members[rank] for rank in range(world_size))
     view = View(generation=1, members=members, leader=LEADER, run_id=secrets.token_hex(8))
     listener.allow_run(view.run_id)
@@ -231,6 +238,8 @@ def _follow(
     try:
         link.send(join)
         message = link.receive(wait_until(deadline))
+        while message is not None and message.get("kind") not in ("view", "refused"):
+            message = link.receive(wait_until(deadline))  # kinds that this version does not know
     except SmolError as error:
         link.close()
         raise PeerLost(f"rank 0 ended before all ranks were there: {error}", LEADER) from error
@@ -253,10 +262,15 @@ def _unpack_view(message: JsonObject, world_size: int) -> View:
             "members": list(packed),
         } if len(packed) == world_size:
             members = tuple(
-                Member(rank, str(m["name"]), str(m["address"])) for rank, m in enumerate(packed) if isinstance(m, dict)
+                Member(rank, name, address)
+                for rank, entry in enumerate(packed)
+                if isinstance(entry, dict)
+                and isinstance(name := entry.get("name"), str)
+                and isinstance(address := entry.get("address"), str)
             )
-            return View(generation, members, leader, run_id)
-    raise FrameError(f"rank 0 sent {message.get('kind')!r} where the view of {world_size} ranks belongs")
+            if len(members) == world_size:
+                return View(generation, members, leader, run_id)
+    raise FrameError(f"rank 0 sent a malformed view of {world_size} ranks")
 
 
 def _close_all(links: dict[int, ControlLink]) -> None:

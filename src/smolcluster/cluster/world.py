@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 # A peer's bulk connection may be seen closing before its control link has told why; wait this long for the reason.
 GRACE = 0.5
+# Messages that come before their handler are kept, the newest of each kind; kinds nobody ever handles are thus ignored.
+MAX_EARLY = 1000
+MAX_EARLY_KINDS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,25 +144,37 @@ class World:
         with self._lock:
             return {r: link.last_heard() for r, link in self._links.items() if r not in self._left}
 
-    def suspect(self, peer: int, reason: SmolError) -> None:
-        """A bulk connection to `peer` broke: give the control plane `GRACE` seconds to say why, then blame it."""
+    def suspect(self, peer: int, reason: SmolError, on_left: Callable[[PeerLost], None]) -> None:
+        """A bulk connection to `peer` broke: give the control plane `GRACE` seconds to say why, then blame it.
+
+        If it turns out that the peer left as planned, nobody is lost: `on_left(error)` fails what still needs it.
+        """
         with self._lock:
             if self._error is not None or self._leaving or peer in self._suspects:
                 return
-            timer = threading.Timer(GRACE, self.report_lost, (peer, str(reason)))
+            timer = threading.Timer(GRACE, self._judge, (peer, reason, on_left))
             timer.daemon = True
             timer.name = f"suspect rank {peer}"
             self._suspects[peer] = timer
             timer.start()
 
     def report_lost(self, peer: int, reason: str) -> None:
-        """`peer` is lost: tell everyone and fail everything here."""
+        """`peer` is lost: tell everyone and fail everything here. No rank that left as planned is lost."""
         with self._lock:
-            if self._error is not None or self._leaving:
+            if self._error is not None or self._leaving or peer in self._left:
                 return
             self.lost.append(peer)
             error = PeerLost(f"{self.name(peer)} is lost: {reason}", peer)
         self.abort(error)
+
+    def _judge(self, peer: int, reason: SmolError, on_left: Callable[[PeerLost], None]) -> None:
+        with self._lock:
+            left = peer in self._left
+            self._suspects.pop(peer, None)
+        if left:
+            on_left(PeerLost(f"{self.name(peer)} has left the run, but this rank still needs it: {reason}", peer))
+        else:
+            self.report_lost(peer, str(reason))
 
     def abort(self, error: SmolError) -> None:
         """End the run on every rank with `error`: tell the others, then fail everything here. From any thread."""
@@ -215,7 +230,9 @@ class World:
             with self._lock:
                 handler = self._handlers.get(kind)
                 if handler is None:
-                    self._early.setdefault(kind, []).append((peer, message))
+                    waiting = self._early.setdefault(kind, []) if len(self._early) < MAX_EARLY_KINDS else []
+                    del waiting[:-MAX_EARLY]
+                    waiting.append((peer, message))
                     return
             handler(peer, message)
 

@@ -83,7 +83,7 @@ class Communicator(Protocol):
     telemetry: Telemetry
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None) -> Work:
-        """Reduce `tensor` (any shape, contiguous, same on every rank) over all ranks, in place, same bits everywhere."""
+        """Reduce `tensor` (any shape, contiguous, alike on all ranks) in place; the same bits everywhere."""
         ...
 
     def reduce_scatter(
@@ -131,7 +131,7 @@ class Communicator(Protocol):
         ...
 
     def split(self, ranks: Sequence[int], name: str) -> Communicator | None:
-        """A communicator of `ranks` (in this order) with channels of its own; None on ranks outside. All ranks call it."""
+        """A communicator of `ranks` (in this order) with its own channels; None elsewhere. All ranks call it."""
         ...
 
     def abort(self, error: SmolError) -> None:

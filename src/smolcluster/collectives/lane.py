@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Protocol
 
+from smolcluster.errors import SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
 from smolcluster.transport.frame import Prelude
@@ -27,6 +28,10 @@ class Receiver(Protocol):
         """The payload is complete."""
         ...
 
+    def gone(self, peer: int, error: SmolError) -> None:
+        """Nothing more comes from `peer`."""
+        ...
+
 
 class Lane:
     """One bulk connection to one peer: a queue of outgoing bytes, and the frame that is coming in."""
@@ -41,7 +46,7 @@ class Lane:
         self.held = False  # a frame is here that nobody expects yet
         self.broken = False
         self._out: deque[memoryview] = deque()
-        self._marks: deque[tuple[int, Callable[[], None]]] = deque()
+        self._marks: deque[tuple[int, Callable[[SmolError | None], None]]] = deque()
         self._head = memoryview(bytearray(frame.PRELUDE_BYTES))
         self._dims = memoryview(bytearray(8 * frame.MAX_DIMS))
         self._prelude: Prelude | None = None
@@ -49,8 +54,8 @@ class Lane:
         self._body: memoryview | None = None
         self._got = 0  # bytes of whatever part is arriving: head, dims or body
 
-    def enqueue(self, buffers: Iterable[memoryview], on_sent: Callable[[], None] | None = None) -> None:
-        """Queue bytes; `on_sent` runs when the last of them was handed to the system."""
+    def enqueue(self, buffers: Iterable[memoryview], on_sent: Callable[[SmolError | None], None] | None = None) -> None:
+        """Queue bytes; `on_sent(None)` runs when the last was handed to the system, `on_sent(error)` if it never is."""
         for buffer in buffers:
             if len(buffer):
                 self._out.append(buffer)
@@ -78,7 +83,15 @@ class Lane:
                 taken -= len(first)
                 self._out.popleft()
         while self._marks and self._marks[0][0] <= self.sent_bytes:
-            self._marks.popleft()[1]()
+            self._marks.popleft()[1](None)
+
+    def give_up(self, error: SmolError) -> None:
+        """The peer is gone for good: what is queued, and what is expected, fails."""
+        self._out.clear()
+        self.queued_bytes = 0
+        while self._marks:
+            self._marks.popleft()[1](error)
+        self.receiver.gone(self.peer, error)
 
     def pump(self) -> bool:
         """Receive until the connection has no more or a frame must wait; True if anything moved."""

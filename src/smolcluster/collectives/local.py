@@ -33,6 +33,7 @@ from smolcluster.collectives.checks import (
     check_split,
     encode_message,
 )
+from smolcluster.collectives.wire import combine, finish_average
 from smolcluster.collectives.work import PendingWork
 from smolcluster.errors import ClusterError, CollectiveMismatch, PeerLost, SmolError
 from smolcluster.kinds import JsonValue
@@ -260,19 +261,20 @@ class _Table:
         return work
 
     def _finish_call(self, number: int, calls: list[_Call], compute: _Compute) -> None:
-        error = _mismatch(self.name, number, calls)
-        if error is not None:
-            self.abort(error)
-        else:
-            try:
+        error: SmolError | None = _mismatch(self.name, number, calls)
+        try:
+            if error is None:
                 with torch.no_grad():
                     compute(calls)
-            except BaseException as exc:
-                self.abort(ClusterError(f"{calls[0].says} failed on {self.name}: {exc!r}"))
-                raise
-        for call in calls:
-            assert call.work is not None
-            call.work.finish(error, call.received if call.output is None else [call.output])
+        except BaseException as exc:
+            error = ClusterError(f"{calls[0].says} failed on {self.name}: {exc!r}")
+            raise
+        finally:
+            if error is not None:
+                self.abort(error)
+            for call in calls:
+                assert call.work is not None
+                call.work.finish(error, call.received if call.output is None else [call.output])
 
     def send(self, src: int, dst: int, tag: int, message: Tensor, work: PendingWork) -> None:
         """Hand a message over, or keep it until it is asked for."""
@@ -481,12 +483,9 @@ def reduce_in_rank_order(tensors: list[Tensor], op: ReduceOp, codec: Codec | Non
     """
     result = through_codec(_flat(tensors[0]), codec).clone()
     for tensor in tensors[1:]:
-        part = through_codec(_flat(tensor), codec)
-        if op == ReduceOp.MAX:
-            torch.maximum(result, part, out=result)
-        else:
-            result.add_(part)
-    return result.div_(len(tensors)) if op == ReduceOp.AVG else result
+        combine(result, through_codec(_flat(tensor), codec), op)
+    finish_average(result, op, len(tensors))
+    return result
 
 
 def through_codec(tensor: Tensor, codec: Codec | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from smolcluster.collectives.lane import Lane
 from smolcluster.collectives.progress import MAX_UNSIZED_BYTES, ProgressLoop
 from smolcluster.collectives.work import PendingWork
-from smolcluster.errors import CollectiveMismatch
+from smolcluster.errors import CollectiveMismatch, SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.frame import KIND_MESSAGE, Prelude
 from smolcluster.transport.tensors import empty_for, raw_bytes
@@ -42,6 +42,9 @@ class MessageBox:
         if unclaimed:
             self._deliver(posted, unclaimed.popleft(), src, tag)
             return
+        if (left := self._loop.departed(src)) is not None:
+            self._loop.finish(work, left)
+            return
         self._posted.setdefault((src, tag), deque()).append(posted)
 
     def place(self, lane: Lane, prelude: Prelude, dims: bytes) -> memoryview | None:
@@ -70,6 +73,12 @@ class MessageBox:
             self._unclaimed.setdefault((lane.peer, prelude.tag), deque()).append(memory)
         else:
             self._deliver(posted, memory, lane.peer, prelude.tag)
+
+    def gone(self, peer: int, error: SmolError) -> None:
+        """See lane.Receiver: receives that wait for `peer` fail."""
+        for (src, _), queue in self._posted.items():
+            while src == peer and queue:
+                self._loop.finish(queue.popleft().work, error)
 
     def _deliver(self, posted: _Posted, message: Tensor, src: int, tag: int) -> None:
         out = posted.out

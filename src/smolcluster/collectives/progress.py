@@ -84,6 +84,7 @@ class ProgressLoop:
         self._inbox: deque[Callable[[], None]] = deque()
         self._calls: deque[Call] = deque()
         self._current: Call | None = None
+        self._departed: dict[int, SmolError] = {}  # peers that left as planned: what still needs them fails
         self._open_works: set[PendingWork] = set()
         self._poller = _Poller()
         self._wake_out, self._wake_in = socket.socketpair()
@@ -157,6 +158,18 @@ class ProgressLoop:
         for work in works:
             work.finish(error)
 
+    def depart(self, peer: int, error: SmolError) -> None:
+        """`peer` has left and its connections are closed: fail what needs it, now and later. From any thread."""
+        with self._state:
+            self._departed[peer] = error
+            self._inbox.append(lambda: self._fail_dependents(error))
+            self._state.notify_all()
+            self._wake()
+
+    def departed(self, peer: int) -> SmolError | None:
+        """The error for what needs a peer that has left; None: it is there."""
+        return self._departed.get(peer)
+
     def close(self) -> None:
         """Stop the thread and close the lanes. What is still pending fails."""
         with self._state:
@@ -188,7 +201,7 @@ class ProgressLoop:
             self._state.notify_all()
 
     def _busy(self) -> bool:
-        return bool(self._open_works)
+        return bool(self._open_works or self._inbox)
 
     def _run(self) -> None:
         while True:
@@ -256,6 +269,13 @@ class ProgressLoop:
         self._advance_calls()  # what arrived or was sent may have finished a call
         return moved
 
+    def _fail_dependents(self, error: SmolError) -> None:
+        if self._current is not None:
+            self.fail(error)  # half a collective cannot be taken back
+        for lane in self._lanes:
+            if lane.peer in self._departed:
+                lane.give_up(error)
+
     def _take_submissions(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
@@ -265,6 +285,9 @@ class ProgressLoop:
             if self._current is None:
                 if not self._calls:
                     return
+                if self._departed:
+                    self.finish(self._calls.popleft().work, next(iter(self._departed.values())))
+                    continue
                 self._current = self._calls.popleft()
                 self._current.started = time.monotonic()
             call = self._current
@@ -356,6 +379,9 @@ class ProgressLoop:
         if call.waiting[prelude.tag] == 0:
             self._step(call, prelude.tag)
             self._advance_calls()
+
+    def gone(self, peer: int, error: SmolError) -> None:
+        """See Receiver. A collective that needed the peer has failed already."""
 
 
 class _Poller:

@@ -218,7 +218,14 @@ class TcpCommunicator:
         )
         buffers = [memoryview(frame.pack(prelude, dims)), raw_bytes(host)]
         lane = self._message_lanes[dst]
-        self._loop.submit(work, lambda: lane.enqueue(buffers, on_sent=lambda: self._loop.finish(work)))
+
+        def begin() -> None:
+            if (left := self._loop.departed(dst)) is not None:
+                self._loop.finish(work, left)
+            else:
+                lane.enqueue(buffers, on_sent=lambda error: self._loop.finish(work, error))
+
+        self._loop.submit(work, begin)
         return work
 
     def recv(self, src: int, tag: int, out: Tensor | None = None) -> PendingWork:
@@ -268,7 +275,7 @@ class TcpCommunicator:
     # ---- helpers
 
     def _broken(self, peer: int, error: SmolError) -> None:
-        self._world.suspect(self._members[peer], error)
+        self._world.suspect(self._members[peer], error, lambda left: self._loop.depart(peer, left))
 
     def _chunk_elements(self, tensor: Tensor) -> int:
         return max(1, self._plan.chunk_bytes // tensor.element_size())
@@ -315,7 +322,8 @@ class TcpCommunicator:
         with self._order:
             self._sequence += 1
             prelude = Prelude(
-                KIND_COLLECTIVE, operation, int(reduce or 0), dtype_code(like.dtype), CODECS[codec.name] if codec else 0,
+                KIND_COLLECTIVE, operation, int(reduce or 0), dtype_code(like.dtype),
+                CODECS[codec.name] if codec else 0,
                 self.generation, 0, 0, self._sequence, count, 0,
             )  # fmt: skip
             work = PendingWork(self._loop, prelude.describe, [tensor for _, tensor in restore])

@@ -91,9 +91,7 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     sampler = Sampler(len(train), global_batch, seed, rank_weights(config, list(names)))
     # Dropout: other masks on every rank, the same in every run.
     torch.manual_seed(seed + rank)
-    return Parts(
-        config, rank, train, validation, model, sampler, total_steps(config, sampler.steps_per_epoch), device
-    )
+    return Parts(config, rank, train, validation, model, sampler, total_steps(config, sampler.steps_per_epoch), device)
 
 
 def assemble(parts: Parts, comm: Communicator, *, save: Save | None = None, skip_nonfinite: bool = False) -> Assembly:

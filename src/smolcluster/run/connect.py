@@ -14,6 +14,8 @@ from smolcluster.cluster.world import World
 from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.local import LocalGroup
 from smolcluster.collectives.tcp import TcpCommunicator
+from smolcluster.collectives.torch_dist import init_torch_dist
+from smolcluster.config.schema import Config
 from smolcluster.device import prepare_process
 from smolcluster.errors import ConfigError, RendezvousTimeout
 from smolcluster.run.launcher import Launch, launch_from_environment
@@ -100,6 +102,28 @@ def join_tcp(
     return world, TcpCommunicator(world)
 
 
+def join_torch(config: Config, rank: int, world_size: int, init_method: str) -> Communicator:
+    """Join over torch.distributed's gloo or nccl; blocks until all ranks are there.
+
+    Args:
+        config: with the backend.
+        rank: this rank.
+        world_size: all ranks.
+        init_method: `file://…`, `tcp://host:port` or `env://`: where the ranks find each other.
+
+    Raises:
+        RendezvousTimeout: not all came in time.
+    """
+    return init_torch_dist(
+        config.backend,
+        rank,
+        world_size,
+        init_method,
+        start_timeout=JOIN_PATIENCES * config.cluster.patience,
+        min_ranks=config.cluster.min_ranks,
+    )
+
+
 def join_launch(
     launch: Launch, token: bytes, *, patience: float, options: Mapping[str, str]
 ) -> tuple[World, Communicator]:
@@ -155,7 +179,7 @@ def _through_agent_store(launch: Launch, address: str, timeout: float) -> str:
     """Rank 0 leaves its address in torchrun's store, the others fetch it."""
     from datetime import timedelta
 
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch exports it without saying so
 
     key = f"{_LEADER_KEY}/{_job_id()}"
     try:

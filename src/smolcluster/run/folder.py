@@ -59,13 +59,15 @@ class RunFolder:
         self._samples = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
+        self._closed = False
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if (path / METRICS).exists():
+            metrics = path / METRICS
+            if metrics.exists() and metrics.stat().st_size > 0:
                 raise ConfigError(f"--out {path} holds a run already. Give another folder, or remove that one")
             (path / "logs").mkdir(exist_ok=True)
             (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
-            self._metrics = MetricsFile(path / METRICS)
+            self._metrics = MetricsFile(metrics)
         except OSError as exc:
             raise ConfigError(
                 f"the run folder {path} cannot be made ({exc.strerror or exc}). Give another one with --out"
@@ -91,6 +93,8 @@ class RunFolder:
     def write(self, row: JsonObject) -> None:
         """Take a row of any rank."""
         with self._lock:
+            if self._closed:
+                return  # a late row of a rank that was slow to hear of the end
             self._metrics.write(row)
             self._curves.add(row)
             if row.get("rank") == 0:
@@ -128,7 +132,9 @@ class RunFolder:
     def close(self) -> None:
         """Close the files and give the terminal back."""
         self._reporter.close()
-        self._metrics.close()
+        with self._lock:
+            self._closed = True
+            self._metrics.close()
 
     def _known(self) -> dict[str, JsonValue]:
         config = self._config
@@ -139,6 +145,8 @@ class RunFolder:
         summary = build_summary(run, ranks)
         write_summary(self.path / "summary.json", summary)
         count = f"{self._world_size} ranks" if self._world_size > 1 else "one process"
+        if not self._curves.steps and run.get("steps") == 0:
+            return summary  # broke off before the first step: that there is no picture is no news
         title = f"{self._config.algorithm}, {self._config.model.type} on {self._config.data.dataset}, {count}"
         note = draw_losses(self._curves, self.path / "loss.png", title, loss_unit(self._config))
         if note is not None:

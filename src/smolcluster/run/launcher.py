@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, Slurm's srun with a wrapper, Kubernetes) says through the environment. Imports no torch."""
+"""What a launcher (torchrun, Slurm, Kubernetes) says through the environment. Imports no torch."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ def launch_from_environment(environ: Mapping[str, str] | None = None) -> Launch 
     missing = [name for name in _NAMES if name not in environ]
     if missing:
         raise ConfigError(
-            f"the environment sets RANK and WORLD_SIZE but not {', '.join(missing)}. Set all of {', '.join(_NAMES)}, or "
-            "none to start by yourself"
+            f"the environment sets RANK and WORLD_SIZE but not {', '.join(missing)}. Set all of "
+            f"{', '.join(_NAMES)}, or none to start by yourself"
         )
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     if not 0 <= rank < world_size:
-        raise ConfigError(f"the environment sets RANK={rank} and WORLD_SIZE={world_size}; ranks are 0 to WORLD_SIZE - 1")
+        raise ConfigError(
+            f"the environment sets RANK={rank} and WORLD_SIZE={world_size}; ranks are 0 to WORLD_SIZE - 1"
+        )
     local_rank = _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else 0
     port = _number(environ, "MASTER_PORT")
     if not 1 <= port <= 65535:

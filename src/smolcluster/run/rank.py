@@ -9,7 +9,6 @@ import faulthandler
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,17 +17,18 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from smolcluster.config.schema import Config
-from smolcluster.errors import CollectiveTimeout, PeerLost, RendezvousTimeout, SmolError, TransportError
+from smolcluster.errors import ClusterError, CollectiveTimeout, PeerLost, RendezvousTimeout, SmolError, TransportError
 from smolcluster.kinds import JsonObject
 from smolcluster.log import log_to_file
 from smolcluster.run.parent import ParentLink
-from smolcluster.run.support import shared_options
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
+from smolcluster.run.support import shared_options
 from smolcluster.transport.tcp import listen
 
 if TYPE_CHECKING:
     from smolcluster.cluster.world import World
     from smolcluster.collectives.base import Communicator
+    from smolcluster.transport.base import Listener
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def main() -> None:
     logger.info("rank started rank=%d world_size=%d pid=%d", start.rank, start.world_size, os.getpid())
     try:
         exit_code = _Rank(link, start).run()
-    except BaseException as error:  # noqa: BLE001 - the process's top: whatever it is, the parent hears of it
+    except BaseException as error:
         logger.exception("rank failed rank=%d", start.rank)
         link.tell(error_event(start.rank, error, start.log_path, consequence=is_consequence(error)))
         exit_code = error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
@@ -135,24 +135,59 @@ class _Rank:
 
         # From here on torch is imported.
         from smolcluster.run.build import prepare
-        from smolcluster.run.connect import alone, join_tcp
+        from smolcluster.run.session import run_rank
+        from smolcluster.training.role import RunContext
 
         parts = prepare(start.config, start.rank, start.names, local_rank=start.rank)
-        world: World | None = None
+        world, comm = self._join(listener)
+        stop = threading.Event()
+        self._link.attach(stop.set, comm.abort)
+        try:
+            result = run_rank(
+                parts,
+                comm,
+                RunContext(_PipeSink(self._link, start.rank), comm, stop),
+                checkpoints=start.checkpoints if start.rank == 0 else None,
+                skip_nonfinite=start.skip_nonfinite,
+            )
+        except Exception as error:  # noqa: BLE001 - told to the parent and to the other ranks
+            return self._fail(error, world, comm)
+        if start.rank == 0:
+            self._link.tell({"event": "result", "run": result.run, "ranks": [*result.ranks], "stopped": result.stopped})
+        comm.close()
+        return EXIT_INTERRUPTED if result.stopped else 0
+
+    def _join(self, listener: Listener | None) -> tuple[World | None, Communicator]:
+        from smolcluster.run.connect import alone, join_tcp, join_torch
+
+        start = self._start
         if listener is not None:
-            leader = listener.address if start.rank == 0 else self._link.leader_address()
-            world, comm = join_tcp(
+            return join_tcp(
                 rank=start.rank,
                 world_size=start.world_size,
                 name=start.names[start.rank],
                 listener=listener,
                 token=bytes.fromhex(start.token),
-                leader_address=leader,
+                leader_address=listener.address if start.rank == 0 else self._link.leader_address(),
                 run_id=start.run_id,
                 patience=start.config.cluster.patience,
                 options=shared_options(start.config),
             )
-        elif start.world_size > 1:
-            comm = self._join_torch()
-        else:
-            comm = alone()
+        if start.world_size == 1:
+            return None, alone()
+        assert start.init_file is not None
+        return None, join_torch(start.config, start.rank, start.world_size, Path(start.init_file).absolute().as_uri())
+
+    def _fail(self, error: Exception, world: World | None, comm: Communicator) -> int:
+        """Tell the parent first: what the other ranks say then counts as a consequence. Then end the other ranks."""
+        logger.exception("rank failed rank=%d", self._start.rank)
+        told_by_others = world is not None and world.error() is not None
+        consequence = told_by_others or is_consequence(error)
+        event = error_event(self._start.rank, error, self._start.log_path, consequence=consequence)
+        self._link.tell(event)
+        comm.abort(error if isinstance(error, SmolError) else ClusterError(str(event["message"])))
+        return error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    main()

@@ -19,9 +19,7 @@ def check_supported(config: Config, world_size: int) -> None:
         ConfigError: names the key, and what there is.
     """
     if config.algorithm not in ALGORITHMS:
-        raise ConfigError(
-            f"algorithm {config.algorithm} comes in a later release; available: {', '.join(ALGORITHMS)}"
-        )
+        raise ConfigError(f"algorithm {config.algorithm} comes in a later release; available: {', '.join(ALGORITHMS)}")
     if config.algorithm == "single" and world_size != 1:
         raise ConfigError(
             f"algorithm single is one process, but {world_size} ranks are asked for. Leave out --local, or choose "
@@ -38,6 +36,11 @@ def check_supported(config: Config, world_size: int) -> None:
     for key, is_set in later.items():
         if is_set:
             raise ConfigError(f"{key} comes in a later release. Take it out of the configuration")
+    if config.cluster.min_ranks is not None and config.cluster.min_ranks < world_size:
+        raise ConfigError(
+            f"cluster.min_ranks is {config.cluster.min_ranks} of {world_size} ranks, but going on without a lost rank "
+            "comes in a later release. Take it out of the configuration"
+        )
     if config.algorithm == "single" and config.cluster.compression != "none":
         raise ConfigError(
             f"cluster.compression {config.cluster.compression} has no effect with algorithm single, which sends "
@@ -61,8 +64,8 @@ def rank_weights(config: Config, names: list[str]) -> list[float]:
     if isinstance(shares, dict):
         if set(shares) != set(names):
             raise ConfigError(
-                f"cluster.shares has {', '.join(shares)}, but the ranks are {', '.join(names)}. Name each of them once, "
-                "or give a list in rank order"
+                f"cluster.shares has {', '.join(shares)}, but the ranks are {', '.join(names)}. Name each of them "
+                "once, or give a list in rank order"
             )
         return [shares[name] for name in names]
     if len(shares) != len(names):

@@ -205,11 +205,7 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None, facto
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
         return 0.0
-    norms = torch._foreach_norm(grads)
-    if grads[0].is_cpu:
-        norm = math.hypot(*(norm.item() for norm in norms))
-    else:  # one wait for the device, not one per parameter
-        norm = math.hypot(*torch.stack([norm.float() for norm in norms]).tolist())
+    norm = _global_norm(grads)
     norm *= factor
     coefficient = factor
     if max_norm is not None:
@@ -217,6 +213,18 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None, facto
     if coefficient != 1.0 and math.isfinite(norm):
         torch._foreach_mul_(grads, coefficient)
     return norm
+
+
+def _global_norm(grads: list[Tensor]) -> float:
+    if any(grad.dtype in _AUTOCAST_DTYPES.values() for grad in grads):
+        # A norm in the gradient's own half precision would have two or three digits.
+        grads = [grad.float() if grad.dtype in _AUTOCAST_DTYPES.values() else grad for grad in grads]
+    norms = torch._foreach_norm(grads)
+    if grads[0].is_cpu:
+        return math.hypot(*(norm.item() for norm in norms))
+    # One wait for the device, not one per parameter. Apple's MPS has no float64, so ask for it only if it is there.
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return math.hypot(*torch.stack([norm.to(widest) for norm in norms]).tolist())
 
 
 class LossScaler:

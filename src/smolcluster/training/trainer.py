@@ -308,21 +308,23 @@ class _StepTiming:
         """The columns of `step`; forgets its spans and all older ones."""
         if self._telemetry is None:
             return {}
-        by_name: dict[str, list[Span]] = {}
-        for span in self._spans.get(step, []):
-            by_name.setdefault(span.name, []).append(span)
+        spans = self._spans.pop(step, [])
         self._spans = {later: spans for later, spans in self._spans.items() if later > step}
-        all_reduce_s, hidden_s = overlap_s(by_name.get("all_reduce", []), by_name.get("backward", []))
         sent, recv = self._sent, self._recv
         self.skip_bytes()
-        return {
+        traffic: JsonObject = {"link/sent_bytes": self._sent - sent, "link/recv_bytes": self._recv - recv}
+        if not spans:
+            return traffic  # an algorithm that measures nothing: no zeros that look like measurements
+        by_name: dict[str, list[Span]] = {}
+        for span in spans:
+            by_name.setdefault(span.name, []).append(span)
+        all_reduce_s, hidden_s = overlap_s(by_name.get("all_reduce", []), by_name.get("backward", []))
+        return traffic | {
             "time/forward_s": _total_s(by_name.get("forward", [])),
             "time/backward_s": _total_s(by_name.get("backward", [])),
             "time/comm_wait_s": _total_s(by_name.get("comm_wait", [])),
             "time/all_reduce_s": all_reduce_s,
             "time/all_reduce_hidden_s": hidden_s,
-            "link/sent_bytes": self._sent - sent,
-            "link/recv_bytes": self._recv - recv,
         }
 
 

@@ -12,13 +12,14 @@ offset  bytes  field
     12      4  tag         point-to-point: the tag; collective: the piece
     16      4  hop         collective: the position within the piece's exchange
     20      4  zero
-    24      8  sequence    collective: number of the call on its communicator; point-to-point: number on the lane
+    24      8  sequence    collective: number of the call on its communicator; point-to-point: 0
     32      8  count       elements of the whole call (collective) or of the message (point-to-point)
     40      8  nbytes      payload bytes that follow
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -113,6 +114,8 @@ def unpack(data: bytes | bytearray | memoryview) -> Prelude:
         raise FrameError(f"a frame begins with {magic:#06x} instead of {MAGIC:#06x}: the stream is out of step")
     if kind not in (KIND_COLLECTIVE, KIND_MESSAGE) or operation not in OP_NAMES or reduce > 3:
         raise FrameError(f"unknown frame kind {kind}, operation {operation} or reduce {reduce}")
+    if (operation == OP_NONE) != (kind == KIND_MESSAGE) or (kind == KIND_MESSAGE and (reduce or codec)):
+        raise FrameError(f"a frame of kind {kind} with operation {operation}, reduce {reduce} and codec {codec}")
     if dtype not in DTYPE_NAMES or codec not in CODEC_NAMES:
         raise FrameError(f"unknown dtype {dtype} or codec {codec} in a frame")
     if ndim > MAX_DIMS:
@@ -129,12 +132,11 @@ def unpack_dims(data: bytes | bytearray | memoryview, prelude: Prelude, limit_by
         FrameError: they do not agree, or the tensor is too large.
     """
     dims: tuple[int, ...] = struct.unpack(f"!{prelude.ndim}Q", data)
-    elements = 1
-    for dim in dims:
-        elements *= dim  # Python's integers do not overflow
+    elements = math.prod(dims)  # Python's integers do not overflow
     itemsize = DTYPES[DTYPE_NAMES[prelude.dtype]][1]
     if elements != prelude.count or elements * itemsize != prelude.nbytes:
         raise FrameError(f"a frame of shape {dims} says {prelude.count} elements and {prelude.nbytes} bytes")
-    if prelude.nbytes > limit_bytes:
-        raise FrameError(f"a frame of {prelude.nbytes} bytes, at most {limit_bytes} are allowed here")
+    # Strides are products of dims that may stand beside a zero: torch refuses those that overflow.
+    if math.prod(max(dim, 1) for dim in dims) * itemsize > limit_bytes:
+        raise FrameError(f"a frame of shape {dims} and {prelude.nbytes} bytes, at most {limit_bytes} are allowed here")
     return dims

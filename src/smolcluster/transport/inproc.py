@@ -6,6 +6,7 @@ the listeners of one group; `hook` may wrap each channel, for instance in `Fault
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import socket
@@ -19,6 +20,8 @@ from smolcluster.errors import ConnectFailed, ConnectionLost, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.transport.base import Channel, ControlLink, Hello
 from smolcluster.transport.tcp import CONTROL, TcpChannel
+
+logger = logging.getLogger(__name__)
 
 Hook = Callable[[int, Hello, Channel], Channel]
 
@@ -161,11 +164,16 @@ class InprocControlLink:
             self._thread.join(timeout=2.0)
 
     def _read(self, handler: Callable[[JsonObject], None]) -> None:
-        while (message := self._inbox.get()) is not None:
-            self._heard = time.monotonic()
-            handler(message)
+        ending: SmolError = ConnectionLost("the other side closed the control link")
+        try:
+            while (message := self._inbox.get()) is not None:
+                self._heard = time.monotonic()
+                handler(message)
+        except Exception as exc:  # top of the thread: as TcpControlLink does
+            logger.exception("control message not handled")
+            ending = SmolError(f"sent a control message that could not be handled here: {exc!r}")
         if not self._closed and self._on_close is not None:
-            self._on_close(ConnectionLost("the other side closed the control link"))
+            self._on_close(ending)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ class MessageCodec:
         Raises:
             ValueError: larger than MAX_MESSAGE_BYTES.
         """
-        body = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode()
+        # "replace": an error text may name a file whose bytes are no text, and must still travel.
+        body = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a control message of {len(body)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
         head = _HEAD.pack(len(body), self._sequence)

@@ -112,7 +112,7 @@ def hello_tail_bytes(fixed: bytes) -> int:
     if magic != MAGIC or kind != _TYPE_HELLO:
         raise FrameError("not a smolcluster handshake")
     if version != PROTOCOL_VERSION:
-        raise Refused(f"protocol version {version}", REFUSED_VERSION)
+        raise Refused("this rank", REFUSED_VERSION)
     if max(lane_len, run_len) > MAX_NAME_BYTES:
         raise FrameError(f"handshake names of {lane_len} and {run_len} bytes, at most {MAX_NAME_BYTES} are allowed")
     return int(lane_len + run_len)
@@ -213,7 +213,7 @@ def token_path() -> Path:
 
 
 def load_token(file: Path | None = None) -> bytes:
-    """The cluster token: `SMOLCLUSTER_TOKEN`, else `file`, else the user's config folder.
+    """The cluster token: `file` where one is named, else `SMOLCLUSTER_TOKEN`, else the user's config folder.
 
     Raises:
         ConfigError: there is none, it is unreadable or shorter than 16 characters, or others may read the file.

@@ -41,7 +41,7 @@ _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # not on Windows
 
 @dataclass(frozen=True, slots=True)
 class TcpOptions:
-    """Socket options. `patience`: seconds until unacknowledged bytes count as a lost peer.
+    """Socket options. `patience`: seconds until unacknowledged control messages count as a lost peer.
 
     `buffer_bytes`: send and receive buffer, set before connect; None: the kernel tunes.
     """
@@ -152,6 +152,8 @@ class TcpControlLink:
                     rest = rest[self._sock.send(rest) :]
                 except TimeoutError:
                     if time.monotonic() > deadline:
+                        with contextlib.suppress(OSError):
+                            self._sock.shutdown(socket.SHUT_RDWR)  # half a message is under way: nothing may follow it
                         raise ConnectionLost(
                             f"{self._address} reads no control messages for {self._patience:g} s"
                         ) from None
@@ -195,6 +197,10 @@ class TcpControlLink:
                     logger.warning("control frame refused peer=%s reason=%s", self._address, error)
                 if self._on_close is not None:
                     self._on_close(error)
+        except Exception as exc:  # top of the thread: a link that went deaf must not look like a silent peer
+            logger.exception("control message not handled peer=%s", self._address)
+            if self._on_close is not None:
+                self._on_close(SmolError(f"sent a control message that could not be handled here: {exc!r}"))
 
     def _next(self, deadline: float) -> JsonObject | None:
         """The next message, or None at the deadline; what has arrived of it until then is kept."""
@@ -235,7 +241,7 @@ class TcpListener:
         self._channels: dict[tuple[int, str], Channel] = {}
         self._taken: set[tuple[int, str]] = set()
         self._links: list[tuple[Hello, ControlLink]] = []
-        self._strangers = threading.BoundedSemaphore(MAX_UNAUTHENTICATED)
+        self._strangers: dict[threading.Thread, socket.socket] = {}
         self._closing = threading.Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._sock = socket.socket(family, socket.SOCK_STREAM)
@@ -268,7 +274,6 @@ class TcpListener:
                 raise ConnectFailed(
                     f"rank {rank} did not open its {lane} connection to {self.address} within {timeout:g} s"
                 )
-            self._taken.add(key)
             return self._channels.pop(key)
 
     def accept_control(self, timeout: float) -> tuple[Hello, ControlLink]:
@@ -286,6 +291,12 @@ class TcpListener:
         with self._ready:
             waiting, self._channels = list(self._channels.values()), {}
             links, self._links = self._links, []
+            strangers = list(self._strangers.items())
+        for _, sock in strangers:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread, _ in strangers:
+            thread.join(timeout=2.0)
         for channel in waiting:
             channel.abort(ConnectionLost("the listener is closed"))
         for _, link in links:
@@ -305,22 +316,28 @@ class TcpListener:
                 self._closing.wait(0.1)
                 continue
             address = format_address(peer[0], peer[1])
-            if not self._strangers.acquire(blocking=False):
+            name = f"handshake {address}"
+            thread = threading.Thread(target=self._greet, args=(sock, address), name=name, daemon=True)
+            with self._ready:
+                has_room = len(self._strangers) < MAX_UNAUTHENTICATED
+                if has_room:
+                    self._strangers[thread] = sock
+            if has_room:
+                thread.start()
+            else:
                 logger.warning("too many unauthenticated connections, closed peer=%s", address)
                 sock.close()
-                continue
-            threading.Thread(target=self._greet, args=(sock, address), name=f"handshake {address}", daemon=True).start()
 
     def _greet(self, sock: socket.socket, address: str) -> None:
         try:
             hello, key = self._authenticate(sock, address)
-            _set_options(sock, self._options)
         except (SmolError, OSError) as exc:
             logger.warning("connection refused peer=%s reason=%s", address, exc)
             sock.close()
             return
         finally:
-            self._strangers.release()
+            with self._ready:
+                del self._strangers[threading.current_thread()]
         with self._ready:
             if self._closing.is_set():
                 sock.close()
@@ -341,15 +358,23 @@ class TcpListener:
             transcript = Transcript(hello, dialler_nonce, nonce)
             proof = security.unpack_proof(stream.read(security.REPLY_BYTES))
             if not security.proofs_equal(proof, transcript.proof(self._token, "dialler")):
-                raise Refused("wrong token", security.REFUSED_TOKEN)
+                raise Refused("this rank", security.REFUSED_TOKEN)
             # Only somebody who knows the token learns which runs and ranks are here.
+            slot = (hello.rank, hello.lane)
             with self._ready:
                 if hello.run_id not in self._run_ids:
-                    raise Refused(f"run {hello.run_id!r}", security.REFUSED_RUN)
-                slot = (hello.rank, hello.lane)
-                if hello.lane != CONTROL and (slot in self._taken or slot in self._channels):
-                    raise Refused(f"rank {hello.rank} lane {hello.lane!r}", security.REFUSED_TAKEN)
-            stream.write(security.pack_accept(transcript.proof(self._token, "listener")))
+                    raise Refused("this rank", security.REFUSED_RUN)
+                if slot in self._taken:
+                    raise Refused("this rank", security.REFUSED_TAKEN)
+                if hello.lane != CONTROL:  # doubled control links are told apart by their "join"
+                    self._taken.add(slot)  # before the answer: of two that knock at once one is let in
+            try:
+                _set_options(sock, self._options, hello.lane)
+                stream.write(security.pack_accept(transcript.proof(self._token, "listener")))
+            except (SmolError, OSError):
+                with self._ready:
+                    self._taken.discard(slot)
+                raise
         except Refused as refused:
             with contextlib.suppress(SmolError):
                 stream.write(security.pack_refused(refused.reason))
@@ -435,7 +460,7 @@ def _dial_once(
         transcript = Transcript(hello, nonce, security.unpack_challenge(stream.read(security.REPLY_BYTES), address))
         stream.write(security.pack_proof(transcript.proof(token, "dialler")))
         security.check_accept(stream.read(security.REPLY_BYTES), address, transcript.proof(token, "listener"))
-        _set_options(sock, options)
+        _set_options(sock, options, hello.lane)
     except BaseException:
         sock.close()
         raise
@@ -481,10 +506,12 @@ def _set_buffers(sock: socket.socket, options: TcpOptions) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options.buffer_bytes)
 
 
-def _set_options(sock: socket.socket, options: TcpOptions) -> None:
+def _set_options(sock: socket.socket, options: TcpOptions, lane: str) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
+    # Control links only, which are always read: a peer that computes may leave bulk bytes unread for much longer than
+    # the patience, and Linux counts a closed window too. Whether it lives, its heartbeats say.
+    if lane == CONTROL and hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.patience * 1000))
     if hasattr(socket, "TCP_CONGESTION") and sock.getpeername()[0] in ("127.0.0.1", "::1"):
         # BBR, some kernels' default, halves the speed of loopback. Ordinary users may not set cubic everywhere.

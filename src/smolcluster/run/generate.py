@@ -1,0 +1,94 @@
+"""Text from a checkpoint of a language model, in this process. (Serving, with a KV cache, is another matter.)"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from smolcluster.checkpoint.store import load_weights
+from smolcluster.config.schema import Config
+from smolcluster.data.datasets import load_splits
+from smolcluster.data.tokenizer import load_tokenizer
+from smolcluster.errors import CheckpointError, ConfigError
+from smolcluster.models.build import build_model
+from smolcluster.models.gpt import GPT
+
+# A little below 1 and few candidates: a model this small otherwise slips into letters that form no word.
+TEMPERATURE = 0.7
+TOP_K = 20
+_WORD = re.compile(r"[A-Za-z]{3,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A generated text, and how many of its words of 3 or more letters occur in the training text."""
+
+    text: str
+    words: int
+    known_words: int
+
+
+def generate_text(
+    checkpoint: Path,
+    prompt: str,
+    tokens: int,
+    *,
+    temperature: float = TEMPERATURE,
+    top_k: int | None = TOP_K,
+    seed: int = 0,
+) -> Written:
+    """Let a trained model write on; blocks.
+
+    Args:
+        checkpoint: one of ours, or a folder of them.
+        prompt: the text's beginning; at least one token.
+        tokens: how many follow.
+        temperature: 0: always the likeliest token.
+        top_k: draw from so many of the likeliest; None: from all.
+        seed: same seed, same text.
+
+    Raises:
+        CheckpointError: there is none, or it holds another model.
+        ConfigError: it is no language model, or the prompt is empty.
+    """
+    tensors, index = load_weights(checkpoint)
+    meta = index["meta"]
+    if not isinstance(meta, dict) or "config" not in meta:
+        raise CheckpointError(f"the checkpoint in {checkpoint} does not say how its model is built")
+    config = Config.model_validate(meta["config"])
+    if not prompt:
+        raise ConfigError("the prompt is empty. Give at least one character")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = build_model(config.model, seed=config.cluster.seed, vocab_size=tokenizer.vocab_size)
+    if not isinstance(model, GPT):
+        raise ConfigError(f"model.type {config.model.type} writes no text; gpt does")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as exc:
+        raise CheckpointError(f"the weights in {checkpoint} are not those of its configuration ({exc})") from exc
+    start = tokenizer.encode(prompt)[None]
+    written = model.generate(start, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    text = tokenizer.decode(written[0])
+    known = set(_words(_training_text(config)))
+    words = _words(text[len(prompt) :])
+    return Written(text, len(words), sum(word in known for word in words))
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+def _training_text(config: Config) -> str:
+    """What the model was trained on, back from its tokens."""
+    train, _ = load_splits(
+        config.data.dataset,
+        path=config.data.path,
+        tokenizer=config.data.tokenizer,
+        max_seq_len=config.model.max_seq_len,
+        train_split=config.data.train_split,
+    )
+    inputs, _ = train.batch(torch.arange(len(train)))
+    return load_tokenizer(config.data.tokenizer).decode(inputs.flatten())

@@ -1,0 +1,140 @@
+"""`--local N`: the ranks of a run as N fresh processes of this machine, seen to their end by this one.
+
+This process imports no torch. It owns the run folder: the ranks send it their rows, and rank 0 the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import smolcluster
+from smolcluster.config.schema import Config
+from smolcluster.kinds import JsonObject
+from smolcluster.log import log_to_file
+from smolcluster.monitoring.reporters import Reporter
+from smolcluster.run.folder import Ran, RunFolder
+from smolcluster.run.rank import Bootstrap
+from smolcluster.run.supervisor import ChildSpec, Outcome, Supervisor
+from smolcluster.run.support import check_supported, rank_weights
+from smolcluster.transport.security import new_token
+
+logger = logging.getLogger(__name__)
+
+
+def run_local(config: Config, world_size: int, out: Path, reporter: Reporter, *, skip_nonfinite: bool = False) -> Ran:
+    """Train with `world_size` ranks on this machine; blocks. No process is left when it returns or raises.
+
+    Args:
+        config: the resolved configuration; host names and addresses in it are not used.
+        world_size: ranks.
+        out: the run folder.
+        reporter: shows progress.
+        skip_nonfinite: pass over updates that are not finite instead of stopping.
+
+    Raises:
+        ConfigError: this release cannot do what the configuration asks for, or the folder is taken.
+    """
+    check_supported(config, world_size)
+    names = [f"rank{rank}" for rank in range(world_size)]
+    rank_weights(config, names)
+    with (
+        RunFolder(out, config, world_size, reporter) as folder,
+        tempfile.TemporaryDirectory(prefix="smolcluster-") as scratch,
+    ):
+        handler = log_to_file(folder.path / "logs" / "launcher.log")
+        try:
+            return _LocalRun(config, names, folder, Path(scratch), skip_nonfinite).run()
+        finally:
+            logging.getLogger("smolcluster").removeHandler(handler)
+            handler.close()
+
+
+class _LocalRun:
+    """What the messages of the ranks change."""
+
+    def __init__(
+        self, config: Config, names: Sequence[str], folder: RunFolder, scratch: Path, skip_nonfinite: bool
+    ) -> None:
+        self._folder = folder
+        self._result: JsonObject | None = None
+        token, run_id = new_token().hex(), os.urandom(8).hex()
+        uses_files = config.backend != "tcp"
+        specs = []
+        for rank in range(len(names)):
+            bootstrap = Bootstrap(
+                rank=rank,
+                names=list(names),
+                config=config,
+                token=token,
+                run_id=run_id,
+                init_file=str(scratch / "rendezvous") if uses_files else None,
+                log_path=folder.log_path(rank).absolute(),
+                checkpoints=folder.checkpoints.absolute(),
+                skip_nonfinite=skip_nonfinite,
+            )
+            specs.append(
+                ChildSpec(
+                    rank=rank,
+                    command=[sys.executable, "-m", "smolcluster.run.rank"],
+                    bootstrap=bootstrap.model_dump(mode="json"),
+                    log_path=folder.log_path(rank),
+                    environment=_environment(),
+                )
+            )
+        self._others = range(1, len(names))
+        self._supervisor = Supervisor(
+            specs,
+            self._hear,
+            patience=config.cluster.patience,
+            on_stop=lambda: folder.note("stopping after this step; Ctrl-C again ends at once"),
+        )
+
+    def run(self) -> Ran:
+        outcome = self._supervisor.run()
+        error = outcome.failure.message if outcome.failure is not None else None
+        if self._result is None:
+            if outcome.exit_code == 0:
+                return self._ended(3, "the ranks ended without a result. Look at their logs", outcome)
+            return self._ended(outcome.exit_code, error, outcome)
+        run, ranks = cast(JsonObject, self._result["run"]), cast("list[JsonObject]", self._result["ranks"])
+        summary = self._folder.finish(run, ranks)
+        return Ran(outcome.exit_code, self._folder.path, summary, error)
+
+    def _ended(self, exit_code: int, error: str | None, outcome: Outcome) -> Ran:
+        # Lost is who fell silent or died; a rank that said why it stops is not lost but wrong.
+        lost = sorted({failure.rank for failure in outcome.failures if failure.died})
+        if not lost and outcome.failure is not None and outcome.failure.consequence:
+            lost = list(outcome.killed)
+        return Ran(exit_code, self._folder.path, self._folder.fail(lost), error)
+
+    def _hear(self, rank: int, message: JsonObject) -> None:
+        event = message.get("event")
+        if event == "row":
+            self._folder.write(cast(JsonObject, message["row"]))
+        elif event == "progress":
+            done, total = cast(int, message["done"]), cast(int, message["total"])
+            self._folder.progress(done, total, cast(JsonObject, message["row"]))
+        elif event == "note":
+            self._folder.note(str(message["text"]))
+        elif event == "listening" and rank == 0:
+            for other in self._others:
+                self._supervisor.tell(other, {"command": "leader", "address": message["address"]})
+        elif event == "result":
+            self._result = message
+
+
+def _environment() -> dict[str, str]:
+    """The ranks run the code that this process runs, also from a checkout that is not installed."""
+    root = Path(smolcluster.__file__).parent.parent
+    installed = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    if root in installed:
+        return {}  # and not on PYTHONPATH: there it would come before the standard library
+    paths = [str(root), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}

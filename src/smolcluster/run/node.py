@@ -1,0 +1,311 @@
+"""A rank that is this process: a machine of a cluster file, a process of a launcher's job, or a run of one process.
+
+Rank 0 owns the run folder; mail.py brings it what the other ranks have to tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from smolcluster.config.hosts import Host, members
+from smolcluster.config.schema import Config
+from smolcluster.errors import ClusterError, ConfigError, SmolError
+from smolcluster.log import log_to_file
+from smolcluster.monitoring.reporters import Reporter
+from smolcluster.run.folder import Ran, RunFolder
+from smolcluster.run.launcher import Launch
+from smolcluster.run.mail import Mail
+from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
+from smolcluster.run.support import check_supported, rank_weights, shared_options
+from smolcluster.transport.security import load_token
+from smolcluster.transport.tcp import listen
+
+if TYPE_CHECKING:
+    from smolcluster.cluster.world import World
+    from smolcluster.collectives.base import Communicator
+    from smolcluster.run.build import Parts
+
+logger = logging.getLogger(__name__)
+
+# Ctrl-C ends within 10 s (CONTRACT section 2); one is left for leaving.
+STOP_LIMIT_S = 9.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What the user said besides the configuration.
+
+    Attributes:
+        out: the run folder; only rank 0 uses it.
+        reporter: shows progress; only rank 0 uses it.
+        token_file: where the cluster token is.
+        skip_nonfinite: pass over updates that are not finite instead of stopping.
+    """
+
+    out: Path
+    reporter: Reporter
+    token_file: Path | None = None
+    skip_nonfinite: bool = False
+
+
+def run_alone(config: Config, options: NodeOptions) -> Ran:
+    """Train in this process alone; blocks."""
+
+    def join() -> tuple[World | None, Communicator]:
+        from smolcluster.run.connect import alone
+
+        return None, alone()
+
+    return _NodeRun(config, 0, ["rank0"], options).run(join)
+
+
+def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[[str], None]) -> Ran:
+    """Be the machine `hostname` of the configuration's cluster; blocks until the run has ended.
+
+    Args:
+        config: with the machines.
+        hostname: this machine's name there.
+        options: see NodeOptions.
+        say: prints this machine's role.
+
+    Raises:
+        ConfigError: no such machine, or this one does not have its address.
+    """
+    hosts = members(config)
+    me = _host(hosts, hostname)
+    names = [host.name for host in hosts]
+    check_supported(config, len(hosts))
+    rank_weights(config, names)
+    _check_interface(config, me)
+    say(_role(config, hosts, me))
+    open_to_all = [host.ip for host in hosts if not _is_private(host.ip)]
+    if open_to_all:
+        say(
+            f"warning: {', '.join(open_to_all)} is not a private address: whoever is on the way can read and change "
+            "the tensors. Use addresses of your own network"
+        )
+    leader = hosts[0]
+    if config.backend != "tcp":
+
+        def join_others() -> tuple[World | None, Communicator]:
+            from smolcluster.run.connect import join_torch
+
+            method = f"tcp://{leader.ip}:{leader.port}"
+            return None, join_torch(config, me.rank, len(hosts), method)
+
+        return _NodeRun(config, me.rank, names, options).run(join_others)
+
+    token = load_token(options.token_file)
+    run_id = _digest(hosts)
+    listener = listen(me.ip, me.port, token=token, run_id=run_id)  # before torch: who comes early can knock
+
+    def join() -> tuple[World | None, Communicator]:
+        from smolcluster.run.connect import join_tcp
+
+        return join_tcp(
+            rank=me.rank,
+            world_size=len(hosts),
+            name=me.name,
+            listener=listener,
+            token=token,
+            leader_address=f"tcp://{leader.ip}:{leader.port}",
+            run_id=run_id,
+            patience=config.cluster.patience,
+            options=shared_options(config),
+        )
+
+    with contextlib.closing(listener):
+        return _NodeRun(config, me.rank, names, options).run(join)
+
+
+def run_launched(config: Config, launch: Launch, options: NodeOptions) -> Ran:
+    """Be one process of a launcher's job; blocks until the run has ended."""
+    names = [f"rank{rank}" for rank in range(launch.world_size)]
+    check_supported(config, launch.world_size)
+    rank_weights(config, names)
+    patience = config.cluster.patience
+
+    def join() -> tuple[World | None, Communicator]:
+        from smolcluster.run.connect import alone, join_launch, join_torch
+
+        if launch.world_size == 1:
+            return None, alone()
+        if config.backend == "tcp":
+            token = load_token(options.token_file)
+            return join_launch(launch, token, patience=patience, options=shared_options(config))
+        return None, join_torch(config, launch.rank, launch.world_size, "env://")
+
+    return _NodeRun(config, launch.rank, names, options, local_rank=launch.local_rank).run(join)
+
+
+class _NodeRun:
+    """One run of this process's rank."""
+
+    def __init__(
+        self, config: Config, rank: int, names: Sequence[str], options: NodeOptions, local_rank: int = 0
+    ) -> None:
+        self._config = config
+        self._rank = rank
+        self._names = list(names)
+        self._options = options
+        self._local_rank = local_rank
+        self._stop = threading.Event()
+
+    def run(self, join: Callable[[], tuple[World | None, Communicator]]) -> Ran:
+        if self._rank != 0:
+            return self._train(join, None)
+        with RunFolder(self._options.out, self._config, len(self._names), self._options.reporter) as folder:
+            handler = log_to_file(folder.log_path(0))
+            try:
+                return self._train(join, folder)
+            finally:
+                logging.getLogger("smolcluster").removeHandler(handler)
+                handler.close()
+
+    def _train(self, join: Callable[[], tuple[World | None, Communicator]], folder: RunFolder | None) -> Ran:
+        out = folder.path if folder is not None else None
+        try:
+            with _signals(self._stop, self._options.reporter) as training:
+                from smolcluster.run.build import prepare
+
+                parts = prepare(self._config, self._rank, self._names, self._local_rank)
+                world, comm = join()
+                training.set()
+                try:
+                    return self._train_connected(parts, world, comm, folder)
+                except Exception as error:
+                    logger.exception("rank failed rank=%d", self._rank)
+                    comm.abort(error if isinstance(error, SmolError) else ClusterError(_message(self._rank, error)))
+                    lost = list(world.lost) if world is not None else []
+                    if world is not None:
+                        comm.close()  # before the folder: late rows of the others may not find it closed
+                    summary = folder.fail(lost) if folder is not None else None
+                    code = error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
+                    return Ran(code, out, summary, _message(self._rank, error))
+        except KeyboardInterrupt:
+            return Ran(EXIT_INTERRUPTED, out, folder.fail() if folder is not None else None)
+
+    def _train_connected(self, parts: Parts, world: World | None, comm: Communicator, folder: RunFolder | None) -> Ran:
+        from smolcluster.run.session import run_rank
+        from smolcluster.training.role import RunContext
+
+        with Mail(world, folder, self._options.reporter, self._config.cluster.patience) as mail:
+            result = run_rank(
+                parts,
+                comm,
+                RunContext(mail, comm, self._stop),
+                checkpoints=folder.checkpoints if folder is not None else None,
+                skip_nonfinite=self._options.skip_nonfinite,
+                before_report=mail.deliver,
+            )
+        summary = folder.finish(result.run, result.ranks) if folder is not None else None
+        comm.close()
+        code = EXIT_INTERRUPTED if result.stopped else 0
+        return Ran(code, folder.path if folder is not None else None, summary)
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[threading.Event]:
+    """Make SIGTERM mean Ctrl-C, and end the process if a stop takes too long.
+
+    Yields an event to be set when there is a step to finish; before, a signal ends the run at once. Ctrl-C itself is
+    the business of TrainerRole while it trains, and Python's KeyboardInterrupt otherwise.
+    """
+    training, done = threading.Event(), threading.Event()
+
+    def on_terminate(_signum: int, _frame: FrameType | None) -> None:
+        if stop.is_set() or not training.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    def watch() -> None:
+        stop.wait()
+        if done.is_set():
+            return
+        reporter.note("stopping after this step; Ctrl-C again ends at once")
+        if not done.wait(STOP_LIMIT_S):
+            reporter.close()
+            os._exit(EXIT_INTERRUPTED)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, on_terminate) if is_main else None
+    watcher = threading.Thread(target=watch, name="stop-watchdog", daemon=True)
+    watcher.start()
+    try:
+        yield training
+    finally:
+        done.set()
+        stop.set()  # releases the watcher
+        watcher.join(timeout=1)
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _host(hosts: Sequence[Host], hostname: str) -> Host:
+    for host in hosts:
+        if host.name == hostname:
+            return host
+    raise ConfigError(
+        f"the cluster has no machine {hostname!r}; its machines are {', '.join(host.name for host in hosts)}. Give one "
+        "of these to --hostname"
+    )
+
+
+def _role(config: Config, hosts: Sequence[Host], me: Host) -> str:
+    role = (
+        f"{me.name} is rank {me.rank} of {len(hosts)} ({config.algorithm} over {config.backend}), at {me.ip}:{me.port}"
+    )
+    if me.rank == 0:
+        others = ", ".join(f"{host.name} (rank {host.rank})" for host in hosts[1:])
+        return f"{role}; it leads, keeps the run folder and waits for {others or 'nobody'}"
+    return f"{role}; rank 0 is {hosts[0].name} at {hosts[0].ip}:{hosts[0].port}"
+
+
+def _check_interface(config: Config, me: Host) -> None:
+    name = config.cluster.interface
+    if name is None:
+        return
+    interfaces = psutil.net_if_addrs()
+    if name not in interfaces:
+        raise ConfigError(f"cluster.interface is {name}, but this machine has {', '.join(sorted(interfaces))}")
+    addresses = [address.address for address in interfaces[name]]
+    if me.ip not in addresses:
+        raise ConfigError(
+            f"cluster.interface {name} has the addresses {', '.join(addresses)}, but the cluster file gives {me.name} "
+            f"{me.ip}. Correct one of them"
+        )
+
+
+def _is_private(ip: str) -> bool:
+    try:
+        return ipaddress.ip_address(ip).is_private
+    except ValueError:
+        return True  # a host name: where it leads is not known here
+
+
+def _digest(hosts: Sequence[Host]) -> str:
+    """What machines with the same list of machines have in common."""
+    listed = json.dumps([[host.rank, host.name, host.ip, host.port] for host in hosts])
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
+
+def _message(rank: int, error: Exception) -> str:
+    if isinstance(error, SmolError):
+        return str(error)
+    return (
+        f"rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}. Its log has the traceback"
+    )
