@@ -31,7 +31,7 @@ def main() -> None:
             say(event="error", message="bad learning rate", exit_code=2)
             sys.exit(2)
         elif word == "lost":
-            say(event="error", message="rank 1 is gone", exit_code=3, consequence=True)
+            say(event="error", message="rank 1 is gone", exit_code=3, consequence=True, lost=1)
             sys.exit(3)
         elif word == "command":  # wait for a command, say it, and do what a rank does
             command = read_line()

@@ -193,11 +193,7 @@ def test_machines_started_by_hand_in_any_order_equal_local(local3: Run, tmp_path
 
 @pytest.mark.timeout(200)
 def test_a_machine_started_twice_is_refused_and_the_run_goes_on(tmp_path: Path) -> None:
-    cluster = cluster_file(tmp_path, 2)
-    impostor = json.loads(cluster.read_text())
-    common = ["--cluster", str(cluster), *COMMON, "--max-steps", "5"]
-    common = [word for word in common if word != "40"]
-    common.remove("--max-steps")
+    common = ["--cluster", str(cluster_file(tmp_path, 2)), *COMMON]
     token = {"SMOLCLUSTER_TOKEN": "a token for this test only"}
     first = start("node", "--hostname", "mini1", *common, **token)
     assert first.stderr is not None
@@ -205,9 +201,8 @@ def test_a_machine_started_twice_is_refused_and_the_run_goes_on(tmp_path: Path) 
     second = start("node", "--hostname", "mini1", *common, **token)
     _, err = second.communicate(timeout=60)
     assert second.returncode == 2
-    assert (
-        "mini1" in err or "already" in err or str(impostor["allToAllTopology"]["workers"]["regular"][1]["port"]) in err
-    )
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
     leader = start("node", "--hostname", "mini0", *common, "--out", str(tmp_path / "run"), **token)
     _, leader_err = leader.communicate(timeout=100)
     first.communicate(timeout=30)

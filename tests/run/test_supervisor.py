@@ -86,6 +86,13 @@ def test_a_rank_that_hangs_is_killed_when_the_patience_is_over(tmp_path: Path) -
     assert not any(psutil.pid_exists(pid) for pid in run.pids)
 
 
+def test_a_rank_that_the_others_call_lost_is_killed_soon_after_they_have_left(tmp_path: Path) -> None:
+    run = Run(tmp_path, ["lost"], ["hang"], patience=60)
+    assert run.outcome.killed == (1,)
+    assert run.outcome.exit_code == 3
+    assert run.seconds < 1.5  # 0.5 s; without knowing who is lost it would be 1.5 s and the start
+
+
 def test_a_reported_error_gives_its_own_message_and_exit_code(tmp_path: Path) -> None:
     run = Run(tmp_path, ["command"], ["error"])
     assert run.outcome.exit_code == 2
@@ -140,7 +147,7 @@ def test_a_second_ctrl_c_ends_at_once_whatever_the_ranks_do() -> None:
     parent.send_signal(signal.SIGINT)
     parent.communicate(timeout=10)
     assert parent.returncode == 130
-    assert time.monotonic() - started < 3  # far below the 8 s that one Ctrl-C would wait
+    assert time.monotonic() - started < 3  # far below the 7.5 s that one Ctrl-C would wait
     wait_until_gone(pids, 1)
 
 

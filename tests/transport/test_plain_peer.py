@@ -23,7 +23,7 @@ import torch
 from smolcluster.cluster.rendezvous import join_world
 from smolcluster.cluster.world import World
 from smolcluster.collectives.tcp import TcpCommunicator
-from smolcluster.errors import AuthFailed, ConfigError, ConnectionLost, RendezvousTimeout
+from smolcluster.errors import AuthFailed, ConfigError, ConnectionLost, PeerLost, RendezvousTimeout
 from smolcluster.transport.tcp import TcpListener, listen, parse_address
 
 PLAIN_PEER = Path(__file__).with_name("plain_peer.py")

@@ -25,18 +25,29 @@ class Heartbeat:
         self._stop.set()
         self._thread.join(timeout=self._world.patience + 1.0)
 
+    def look(self, now: float, overslept: float) -> None:
+        """Report every rank that was silent for too long.
+
+        Args:
+            now: `time.monotonic()`.
+            overslept: how many seconds later than planned this look comes. After a suspension everybody else seems
+                silent, until what they sent meanwhile is read: then nobody is reported.
+        """
+        patience = self._world.patience
+        if overslept > patience / 2:
+            return
+        for rank, heard in self._world.silent_since().items():
+            silence = now - heard
+            if silence > patience:
+                self._world.report_lost(rank, f"it was silent for {silence:.1f} s (cluster.patience is {patience:g})")
+
     def _run(self) -> None:
-        world = self._world
-        interval = world.patience / BEATS_PER_PATIENCE
-        last = time.monotonic()
-        while not self._stop.wait(interval):
+        interval = self._world.patience / BEATS_PER_PATIENCE
+        while True:
+            for rank in self._world.silent_since():
+                self._world.send(rank, "beat", {})
+            began = time.monotonic()
+            if self._stop.wait(interval):
+                return
             now = time.monotonic()
-            # Only if this process itself was running: after a suspension everybody else seems silent at first.
-            suspended = now - last > interval + world.patience / 2
-            last = now
-            for rank, heard in world.silent_since().items():
-                world.send(rank, "beat", {})
-                if now - heard > world.patience and not suspended:
-                    world.report_lost(
-                        rank, f"it was silent for {now - heard:.1f} s (cluster.patience is {world.patience:g})"
-                    )
+            self.look(now, now - began - interval)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 
@@ -27,7 +28,7 @@ TICK = 0.2  # seconds between looks whether a waiting rank has gone away
 
 
 class JoinedWorld(World):
-    """A World together with its heartbeat."""
+    """A World together with its heartbeat and, on the leader, somebody at the door."""
 
     def __init__(
         self,
@@ -40,9 +41,12 @@ class JoinedWorld(World):
     ) -> None:
         super().__init__(rank, view, links, listener, network, patience)
         self._heartbeat = Heartbeat(self)
+        self._door = _Doorkeeper(listener, view) if rank == LEADER else None
 
     def close(self) -> None:
-        """Stop the heartbeat, then close all control links and the listener."""
+        """Close all control links and the listener, then end the threads."""
+        if self._door is not None:
+            self._door.close()
         super().close()
         self._heartbeat.close()
 
@@ -67,7 +71,7 @@ def join_world(
         rank: this rank. Rank 0 is the leader.
         world_size: number of ranks, the same everywhere.
         name: this rank's name, such as its host name; unique.
-        listener: where this rank accepts connections; the world closes it.
+        listener: where this rank accepts connections; closed by the world, or here if the ranks do not come together.
         token: the cluster token.
         leader_address: where rank 0 listens; ignored on rank 0.
         run_id: what the ranks must have in common before they talk, such as a digest of the cluster file.
@@ -85,22 +89,38 @@ def join_world(
     network = network or TcpNetwork(token, TcpOptions(patience=patience))
     me = Member(rank, name, listener.address)
     wanted = dict(options or {})
-    if rank == LEADER:
-        view, links = _lead(me, world_size, listener, deadline, timeout, wanted)
-    else:
-        view, links = _follow(me, world_size, network, leader_address, run_id, deadline, timeout, wanted)
-    listener.allow_run(view.run_id)
-    try:
-        for lower in range(1, rank):
-            hello = Hello(rank, CONTROL, view.run_id)
-            links[lower] = network.dial_control(view.members[lower].address, hello, wait_until(deadline))
-        while rank != LEADER and len(links) < world_size - 1:
-            hello, link = listener.accept_control(wait_until(deadline))
-            links[hello.rank] = link
-    except ConnectFailed as error:
-        _close_all(links)
-        raise RendezvousTimeout(f"rank {rank} and the other ranks could not all reach each other: {error}") from error
+    with contextlib.ExitStack() as undo:
+        undo.callback(listener.close)
+        if rank == LEADER:
+            view, links = _lead(me, world_size, listener, deadline, timeout, wanted)
+        else:
+            view, links = _follow(me, world_size, network, leader_address, run_id, deadline, timeout, wanted)
+        undo.callback(_close_all, links)
+        listener.allow_run(view.run_id)
+        try:
+            for lower in range(1, rank):
+                hello = Hello(rank, CONTROL, view.run_id)
+                links[lower] = network.dial_control(view.members[lower].address, hello, wait_until(deadline))
+            if rank != LEADER:
+                _accept_higher(rank, view, links, listener, deadline)
+        except ConnectFailed as error:
+            raise RendezvousTimeout(
+                f"rank {rank} and the other ranks could not all reach each other: {error}"
+            ) from error
+        undo.pop_all()
     return JoinedWorld(rank, view, links, listener, network, patience)
+
+
+def _accept_higher(rank: int, view: View, links: dict[int, ControlLink], listener: Listener, deadline: float) -> None:
+    """Add the control link of every higher rank to `links`."""
+    missing = set(range(rank + 1, len(view.members)))
+    while missing:
+        hello, link = listener.accept_control(wait_until(deadline))
+        if hello.run_id == view.run_id and hello.rank in missing:
+            missing.remove(hello.rank)
+            links[hello.rank] = link
+        else:
+            _refuse(link, f"this is rank {rank}, not rank 0: start every machine with the address of rank 0")
 
 
 class _Lobby:
@@ -138,10 +158,7 @@ class _Lobby:
             self.members[hello.rank], self.links[hello.rank] = member, link
             logger.info("rank joined rank=%d name=%s address=%s", member.rank, member.name, member.address)
             return
-        logger.warning("rank refused reason=%s", refusal)
-        with contextlib.suppress(SmolError):
-            link.send({"kind": "refused", "reason": refusal})
-        link.close()
+        _refuse(link, refusal or "its join message is missing")
 
     def _refusal(self, hello: Hello, message: JsonObject) -> str | None:
         match message:
@@ -167,6 +184,45 @@ class _Lobby:
                     "is the same machine started twice?"
                 )
         return _difference(name, theirs, self._options)
+
+
+class _Doorkeeper:
+    """Answers those that come after the start, on a thread of its own. Else they would wait until their deadline."""
+
+    def __init__(self, listener: Listener, view: View) -> None:
+        self._listener = listener
+        self._world_size = len(view.members)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"door {listener.address}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Close the door."""
+        self._stop.set()
+        self._listener.close()  # wakes the thread
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                _, link = self._listener.accept_control(TICK)
+            except ConnectFailed:
+                continue
+            name: object = None
+            with contextlib.suppress(SmolError):
+                name = (link.receive(timeout=1.0) or {}).get("name")
+            _refuse(
+                link,
+                f"the run of {self._world_size} ranks has begun already; is {name!r} started twice, or is rank 0 still "
+                "in an earlier run?",
+            )
+
+
+def _refuse(link: ControlLink, reason: str) -> None:
+    logger.warning("rank refused reason=%s", reason)
+    with contextlib.suppress(SmolError):
+        link.send({"kind": "refused", "reason": reason})
+    link.close()
 
 
 def _difference(name: str, theirs: JsonObject, ours: dict[str, str]) -> str | None:

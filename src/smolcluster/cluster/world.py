@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from smolcluster import errors
-from smolcluster.errors import ConnectionLost, PeerLost, SmolError
+from smolcluster.errors import ConnectFailed, ConnectionLost, PeerLost, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.transport.base import Channel, ControlLink, Hello, Listener, Network
 
@@ -26,6 +26,10 @@ GRACE = 0.5
 # Messages that come before their handler are kept, the newest of each kind; kinds nobody ever handles are thus ignored.
 MAX_EARLY = 1000
 MAX_EARLY_KINDS = 16
+# What an "abort" says at most: it must fit into a control message, whatever the error's text is.
+MAX_TEXT = 10_000
+# How long one attempt to open a bulk connection lasts before the loss of its peer is looked for.
+OPEN_SLICE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class World:
         self._handlers: dict[str, Callable[[int, JsonObject], None]] = {}
         self._early: dict[str, list[tuple[int, JsonObject]]] = {}
         self._suspects: dict[int, threading.Timer] = {}
+        self._began = time.monotonic()
         for peer, link in links.items():
             self._attach(peer, link)
 
@@ -106,11 +111,21 @@ class World:
 
         Raises:
             ConnectFailed: not connected within `timeout` seconds.
+            PeerLost: a rank was lost meanwhile; or whatever else ended this world.
         """
-        if peer > self.rank:
-            return self._listener.accept_channel(peer, lane, timeout)
         hello = Hello(self.rank, lane, self._view.run_id)
-        return self._network.dial_channel(self._view.members[peer].address, hello, timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            if self._error is not None:
+                raise self._error
+            attempt = min(OPEN_SLICE, wait_until(deadline))
+            try:
+                if peer > self.rank:
+                    return self._listener.accept_channel(peer, lane, attempt)
+                return self._network.dial_channel(self._view.members[peer].address, hello, attempt)
+            except ConnectFailed:
+                if time.monotonic() >= deadline:
+                    raise
 
     def send(self, rank: int, kind: str, payload: JsonObject) -> None:
         """Send a control message to another rank. A lost receiver is noticed elsewhere, so nothing is raised."""
@@ -140,9 +155,12 @@ class World:
         return self._error
 
     def silent_since(self) -> dict[int, float]:
-        """For each rank that should be alive: `time.monotonic()` at which it was last heard."""
+        """For each rank that should be alive: `time.monotonic()` at which it was last heard.
+
+        Not before this world began: until the last rank came, those that were waiting had nothing to say.
+        """
         with self._lock:
-            return {r: link.last_heard() for r, link in self._links.items() if r not in self._left}
+            return {r: max(self._began, link.last_heard()) for r, link in self._links.items() if r not in self._left}
 
     def suspect(self, peer: int, reason: SmolError, on_left: Callable[[PeerLost], None]) -> None:
         """A bulk connection to `peer` broke: give the control plane `GRACE` seconds to say why, then blame it.
@@ -161,11 +179,9 @@ class World:
     def report_lost(self, peer: int, reason: str) -> None:
         """`peer` is lost: tell everyone and fail everything here. No rank that left as planned is lost."""
         with self._lock:
-            if self._error is not None or self._leaving or peer in self._left:
+            if peer in self._left:
                 return
-            self.lost.append(peer)
-            error = PeerLost(f"{self.name(peer)} is lost: {reason}", peer)
-        self.abort(error)
+        self.abort(PeerLost(f"{self.name(peer)} is lost: {reason}", peer))
 
     def _judge(self, peer: int, reason: SmolError, on_left: Callable[[PeerLost], None]) -> None:
         with self._lock:
@@ -182,9 +198,11 @@ class World:
             if self._error is not None or self._leaving:
                 return
             self._error = error
+            if isinstance(error, PeerLost):
+                self.lost.append(error.rank)
             callbacks, self._on_failure = self._on_failure, []
         logger.error("run aborted rank=%d error=%s", self.rank, error)
-        message: JsonObject = {"error": type(error).__name__, "text": str(error)}
+        message: JsonObject = {"error": type(error).__name__, "text": str(error)[:MAX_TEXT]}
         if isinstance(error, PeerLost):
             message["lost"] = error.rank
         for peer in self._links:
@@ -192,6 +210,9 @@ class World:
                 self.send(peer, "abort", message)
         for fn in callbacks:
             fn(error)
+        for peer in self.lost:  # last, because it may not read any more; one that lives must not blame somebody else
+            if peer in self._links:
+                self.send(peer, "abort", message)
 
     def leave(self) -> None:
         """Say good-bye, so that closing is not taken for a loss. Call when nothing is under way any more."""
@@ -247,9 +268,6 @@ class World:
             error = kind(text)
         else:
             error = PeerLost(f"{self.name(peer)} gave up: {text}", peer)
-        with self._lock:
-            if isinstance(error, PeerLost) and error.rank not in self.lost:
-                self.lost.append(error.rank)
         self.abort(error)
 
     def _closed(self, peer: int, error: SmolError) -> None:

@@ -406,6 +406,7 @@ class TorchCommunicator:
             self.abort(closed)
         self._end_threads()
         atexit.unregister(self._end_threads)
+        del self._group  # closes its sockets now; nothing uses it any more, as every call fails before it could
 
     # ---- helpers
 

@@ -120,22 +120,24 @@ class SerialThread:
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
+        self._is_running = False
         self._is_closing = False
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` after those submitted before it; returns at once."""
         with self._changed:
             self._jobs.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-            else:
+            if self._is_running:
                 self._changed.notify()
+                return
+            self._is_running = True
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
 
     def is_idle(self) -> bool:
-        """True if no job is queued or running."""
+        """True if no job is queued or running, and the thread has ended."""
         with self._changed:
-            return self._thread is None
+            return self._thread is None or not self._thread.is_alive()
 
     def close(self, timeout: float) -> bool:
         """Let the thread end once its jobs are done; False if it has not ended within `timeout` seconds."""
@@ -145,7 +147,7 @@ class SerialThread:
             thread = self._thread
         if thread is None or thread is threading.current_thread():
             return True
-        thread.join(timeout)
+        thread.join(timeout)  # also one that has no job: it must be gone before the interpreter is
         return not thread.is_alive()
 
     def _run(self) -> None:
@@ -154,10 +156,11 @@ class SerialThread:
                 if not self._jobs and not self._is_closing and self._linger:
                     self._changed.wait(self._linger)
                 if not self._jobs:
-                    self._thread = None
+                    self._is_running = False
                     return
                 job = self._jobs.popleft()
             job()
+            del job  # with the tensors that it holds
 
 
 class _Sleep:

@@ -85,7 +85,7 @@ def draw_losses(curves: LossCurves, path: Path, title: str, unit: str = "") -> s
         axes.annotate(
             f"{curves.val_losses[-1]:.3f}",
             (curves.val_steps[-1], curves.val_losses[-1]),
-            xytext=(0, 8),
+            xytext=(0, -16),  # below it: training loss often lies above
             textcoords="offset points",
             ha="right",
             color=val,
@@ -101,7 +101,7 @@ def draw_losses(curves: LossCurves, path: Path, title: str, unit: str = "") -> s
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#c9cdd2")
-    axes.margins(x=0.02)
+    axes.margins(x=0.02, y=0.1)
     axes.legend(frameon=False)
     try:
         figure.savefig(path)

@@ -15,9 +15,9 @@ from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.local import LocalGroup
 from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.collectives.torch_dist import init_torch_dist
-from smolcluster.config.schema import Config
 from smolcluster.device import prepare_process
 from smolcluster.errors import ConfigError, RendezvousTimeout
+from smolcluster.kinds import Backend
 from smolcluster.run.launcher import Launch, launch_from_environment
 from smolcluster.transport.base import Listener
 from smolcluster.transport.security import load_token
@@ -32,15 +32,18 @@ DEFAULT_PATIENCE = 5.0
 _LEADER_KEY = "smolcluster/leader"
 
 
-def connect(*, patience: float = DEFAULT_PATIENCE, token_file: Path | None = None) -> Communicator:
-    """The communicator of this process: the launcher's job over our TCP engine, or world size 1 without one.
+def connect(
+    backend: Backend = "tcp", *, patience: float = DEFAULT_PATIENCE, token_file: Path | None = None
+) -> Communicator:
+    """The communicator of this process: the launcher's job, or world size 1 without one.
 
     Blocks until every rank of the job has called it. Also sets what every computing process needs: one torch thread,
     denormals flushed to zero. `close()` it at the end, on every rank.
 
     Args:
+        backend: our own TCP engine, or torch.distributed's gloo or nccl.
         patience: seconds until a silent rank counts as lost.
-        token_file: where the cluster token is; None: `SMOLCLUSTER_TOKEN`, or the user's config folder.
+        token_file: where the cluster token is, for tcp; None: `SMOLCLUSTER_TOKEN`, or the user's config folder.
 
     Raises:
         ConfigError: the launcher's variables or the token are wrong.
@@ -50,6 +53,8 @@ def connect(*, patience: float = DEFAULT_PATIENCE, token_file: Path | None = Non
     launch = launch_from_environment()
     if launch is None or launch.world_size == 1:
         return alone()
+    if backend != "tcp":
+        return join_torch(backend, launch.rank, launch.world_size, "env://", patience)
     return join_launch(launch, load_token(token_file), patience=patience, options={})[1]
 
 
@@ -102,26 +107,24 @@ def join_tcp(
     return world, TcpCommunicator(world)
 
 
-def join_torch(config: Config, rank: int, world_size: int, init_method: str) -> Communicator:
+def join_torch(
+    backend: Backend, rank: int, world_size: int, init_method: str, patience: float, min_ranks: int | None = None
+) -> Communicator:
     """Join over torch.distributed's gloo or nccl; blocks until all ranks are there.
 
     Args:
-        config: with the backend.
+        backend: gloo or nccl.
         rank: this rank.
         world_size: all ranks.
         init_method: `file://…`, `tcp://host:port` or `env://`: where the ranks find each other.
+        patience: seconds that decide how long joining may take.
+        min_ranks: `cluster.min_ranks`; fewer than world_size is refused.
 
     Raises:
         RendezvousTimeout: not all came in time.
     """
-    return init_torch_dist(
-        config.backend,
-        rank,
-        world_size,
-        init_method,
-        start_timeout=JOIN_PATIENCES * config.cluster.patience,
-        min_ranks=config.cluster.min_ranks,
-    )
+    start_timeout = JOIN_PATIENCES * patience
+    return init_torch_dist(backend, rank, world_size, init_method, start_timeout=start_timeout, min_ranks=min_ranks)
 
 
 def join_launch(

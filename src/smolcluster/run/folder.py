@@ -112,10 +112,15 @@ class RunFolder:
 
     def finish(self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None]) -> JsonObject:
         """Write summary and picture of a run that ended as it should, or that the user stopped; the summary."""
-        return self._conclude({**self._known(), **run}, ranks)
+        return self._conclude({**self._known(), **run}, ranks, draw=True)
 
-    def fail(self, lost_ranks: Sequence[int] = ()) -> JsonObject:
-        """The same for a run that broke off: with what is known from the rows."""
+    def fail(self, lost_ranks: Sequence[int] = (), *, has_time: bool = True) -> JsonObject:
+        """The same for a run that broke off: with what is known from the rows.
+
+        Args:
+            lost_ranks: who is gone.
+            has_time: False: no picture. A lost rank ends the run within patience + 2 s, and matplotlib takes one.
+        """
         last = self._last
         partial: JsonObject = {
             "steps": len(self._curves.steps),
@@ -127,7 +132,8 @@ class RunFolder:
             "val_perplexity": last.get("val/perplexity"),
             "lost_ranks": [*lost_ranks],
         }
-        return self._conclude({**self._known(), **partial}, [None] * self._world_size)
+        draw = has_time and not lost_ranks and bool(self._curves.steps)
+        return self._conclude({**self._known(), **partial}, [None] * self._world_size, draw=draw)
 
     def close(self) -> None:
         """Close the files and give the terminal back."""
@@ -140,13 +146,15 @@ class RunFolder:
         config = self._config
         return {"algorithm": config.algorithm, "model": config.model.type, "world_size": self._world_size}
 
-    def _conclude(self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None]) -> JsonObject:
+    def _conclude(
+        self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None], *, draw: bool
+    ) -> JsonObject:
         self._reporter.close()
         summary = build_summary(run, ranks)
         write_summary(self.path / "summary.json", summary)
         count = f"{self._world_size} ranks" if self._world_size > 1 else "one process"
-        if not self._curves.steps and run.get("steps") == 0:
-            return summary  # broke off before the first step: that there is no picture is no news
+        if not draw:
+            return summary
         title = f"{self._config.algorithm}, {self._config.model.type} on {self._config.data.dataset}, {count}"
         note = draw_losses(self._curves, self.path / "loss.png", title, loss_unit(self._config))
         if note is not None:

@@ -112,7 +112,7 @@ class _LocalRun:
         lost = sorted({failure.rank for failure in outcome.failures if failure.died})
         if not lost and outcome.failure is not None and outcome.failure.consequence:
             lost = list(outcome.killed)
-        return Ran(exit_code, self._folder.path, self._folder.fail(lost), error)
+        return Ran(exit_code, self._folder.path, self._folder.fail(lost, has_time=not outcome.interrupted), error)
 
     def _hear(self, rank: int, message: JsonObject) -> None:
         event = message.get("event")

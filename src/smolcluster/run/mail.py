@@ -47,6 +47,7 @@ class Mail:
         self._ended = threading.Semaphore(0)
         self._logs: dict[int, TextIO] = {}
         self._handler: logging.Handler | None = None
+        self._level = logging.NOTSET
 
     def __enter__(self) -> Mail:
         if self._world is not None and self._folder is not None:
@@ -55,14 +56,19 @@ class Mail:
             self._world.on("rows_end", lambda rank, message: self._ended.release())
         elif self._world is not None:
             self._handler = _WorldLog(self._world)
-            logging.getLogger("smolcluster").addHandler(self._handler)
+            logs = logging.getLogger("smolcluster")
+            self._level = logs.level
+            logs.addHandler(self._handler)
+            logs.setLevel(logging.INFO)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._handler is not None:
-            logging.getLogger("smolcluster").removeHandler(self._handler)
+            logs = logging.getLogger("smolcluster")
+            logs.removeHandler(self._handler)
+            logs.setLevel(self._level)
         for log in self._logs.values():
             log.close()
 

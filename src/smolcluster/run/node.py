@@ -64,6 +64,8 @@ class NodeOptions:
 
 def run_alone(config: Config, options: NodeOptions) -> Ran:
     """Train in this process alone; blocks."""
+    check_supported(config, 1)
+    rank_weights(config, ["rank0"])
 
     def join() -> tuple[World | None, Communicator]:
         from smolcluster.run.connect import alone
@@ -105,7 +107,7 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
             from smolcluster.run.connect import join_torch
 
             method = f"tcp://{leader.ip}:{leader.port}"
-            return None, join_torch(config, me.rank, len(hosts), method)
+            return None, join_torch(config.backend, me.rank, len(hosts), method, config.cluster.patience)
 
         return _NodeRun(config, me.rank, names, options).run(join_others)
 
@@ -147,7 +149,7 @@ def run_launched(config: Config, launch: Launch, options: NodeOptions) -> Ran:
         if config.backend == "tcp":
             token = load_token(options.token_file)
             return join_launch(launch, token, patience=patience, options=shared_options(config))
-        return None, join_torch(config, launch.rank, launch.world_size, "env://")
+        return None, join_torch(config.backend, launch.rank, launch.world_size, "env://", patience)
 
     return _NodeRun(config, launch.rank, names, options, local_rank=launch.local_rank).run(join)
 
@@ -197,7 +199,7 @@ class _NodeRun:
                     code = error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
                     return Ran(code, out, summary, _message(self._rank, error))
         except KeyboardInterrupt:
-            return Ran(EXIT_INTERRUPTED, out, folder.fail() if folder is not None else None)
+            return Ran(EXIT_INTERRUPTED, out, folder.fail(has_time=False) if folder is not None else None)
 
     def _train_connected(self, parts: Parts, world: World | None, comm: Communicator, folder: RunFolder | None) -> Ran:
         from smolcluster.run.session import run_rank

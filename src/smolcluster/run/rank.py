@@ -114,6 +114,7 @@ def error_event(rank: int, error: BaseException, log_path: Path | None, *, conse
         "message": message,
         "exit_code": error.exit_code if isinstance(error, SmolError) else EXIT_FAILED,
         "consequence": consequence,
+        "lost": error.rank if isinstance(error, PeerLost) else None,
     }
 
 
@@ -176,7 +177,8 @@ class _Rank:
         if start.world_size == 1:
             return None, alone()
         assert start.init_file is not None
-        return None, join_torch(start.config, start.rank, start.world_size, Path(start.init_file).absolute().as_uri())
+        method, patience = Path(start.init_file).absolute().as_uri(), start.config.cluster.patience
+        return None, join_torch(start.config.backend, start.rank, start.world_size, method, patience)
 
     def _fail(self, error: Exception, world: World | None, comm: Communicator) -> int:
         """Tell the parent first: what the other ranks say then counts as a consequence. Then end the other ranks."""

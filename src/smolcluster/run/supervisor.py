@@ -6,7 +6,7 @@ children read end-of-file and leave. One thread per child reads its stdout, one 
 saw into one queue, which `Supervisor.run` works off. So nothing is polled.
 
 To a child     {"command": "leader", "address": …}   {"command": "stop"}   {"command": "abort", "rank": …, "message": …}
-From a child   {"event": "error", "message": …, "exit_code": …, "consequence": …} and whatever the caller understands
+From a child   {"event": "error", "message": …, "exit_code": …, "consequence": …, "lost": …} and what the caller knows
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ EXIT_FAILED = 3
 EXIT_INTERRUPTED = 130
 
 # Ctrl-C ends within 10 s (CONTRACT section 2). The rest of the ten seconds is for killing, summary and picture.
-STOP_GRACE_S = 8.0
+STOP_GRACE_S = 7.5
 # A lost rank ends the run within patience + 2 s. What a rank reports as a consequence ("rank 1 is gone") comes after
 # the patience has passed, so then little more than a second is left for the others to leave by themselves.
 CONSEQUENCE_GRACE_S = 1.5
+# Once only ranks are left that the others call lost, they get this long: one may be about to say why it fails.
+LOST_GRACE_S = 0.5
 # On Windows a waiting main thread is not woken by Ctrl-C: it has to look up now and then for the handler to run.
 _LONGEST_WAIT_S = 0.2 if os.name == "nt" else None
 
@@ -69,6 +71,7 @@ class Failure:
         message: one or two lines for the user.
         exit_code: what the whole run should exit with.
         consequence: True when the rank only noticed that another one failed.
+        lost: which one that was, if it knows.
         died: True when the process ended without a word.
     """
 
@@ -76,6 +79,7 @@ class Failure:
     message: str
     exit_code: int
     consequence: bool = False
+    lost: int | None = None
     died: bool = False
 
 
@@ -268,6 +272,9 @@ class Supervisor:
         explained = any(failure.rank == seen.rank for failure in self._failures)
         if seen.returncode != 0 and not (stopped or explained or child.killed):
             self._fail(Failure(seen.rank, _epitaph(child, seen.returncode), EXIT_FAILED, died=True))
+        lost = {failure.lost for failure in self._failures}
+        if self._deadline is not None and all(child.ended or child.rank in lost for child in self._children):
+            self._deadline = min(self._deadline, time.monotonic() + LOST_GRACE_S)
 
     def _fail(self, failure: Failure) -> None:
         known = self._cause()
@@ -337,12 +344,13 @@ class Supervisor:
 
 
 def _reported(rank: int, message: JsonObject) -> Failure:
-    code = message.get("exit_code")
+    code, lost = message.get("exit_code"), message.get("lost")
     return Failure(
         rank=rank,
         message=str(message.get("message", "failed without a message")),
         exit_code=code if isinstance(code, int) and code != 0 else EXIT_FAILED,
         consequence=bool(message.get("consequence", False)),
+        lost=lost if isinstance(lost, int) else None,
     )
 
 

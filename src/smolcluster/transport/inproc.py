@@ -75,6 +75,7 @@ class InprocListener:
         self._ready = threading.Condition()
         self._channels: dict[tuple[int, str], Channel] = {}
         self._links: list[tuple[Hello, ControlLink]] = []
+        self._closed = False
 
     def allow_run(self, run_id: str) -> None:
         """One network is one run."""
@@ -94,21 +95,28 @@ class InprocListener:
 
     def accept_channel(self, rank: int, lane: str, timeout: float) -> Channel:
         with self._ready:
-            if not self._ready.wait_for(lambda: (rank, lane) in self._channels, timeout):
+            self._ready.wait_for(lambda: (rank, lane) in self._channels or self._closed, timeout)
+            if (rank, lane) not in self._channels:
                 raise ConnectFailed(f"rank {rank} did not open its {lane} connection within {timeout:g} s")
             return self._channels.pop((rank, lane))
 
     def accept_control(self, timeout: float) -> tuple[Hello, ControlLink]:
         with self._ready:
-            if not self._ready.wait_for(lambda: bool(self._links), timeout):
+            self._ready.wait_for(lambda: bool(self._links) or self._closed, timeout)
+            if not self._links:
                 raise ConnectFailed(f"nobody opened a control connection to {self.address} within {timeout:g} s")
             return self._links.pop(0)
 
     def close(self) -> None:
         with self._ready:
-            for channel in self._channels.values():
-                channel.abort(ConnectionLost("the listener is closed"))
-            self._channels.clear()
+            self._closed = True
+            waiting, self._channels = list(self._channels.values()), {}
+            links, self._links = self._links, []
+            self._ready.notify_all()
+        for channel in waiting:
+            channel.abort(ConnectionLost("the listener is closed"))
+        for _, link in links:
+            link.close()
 
 
 class InprocControlLink:

@@ -270,7 +270,8 @@ class TcpListener:
     def accept_channel(self, rank: int, lane: str, timeout: float) -> Channel:
         key = (rank, lane)
         with self._ready:
-            if not self._ready.wait_for(lambda: key in self._channels, timeout):
+            self._ready.wait_for(lambda: key in self._channels or self._closing.is_set(), timeout)
+            if key not in self._channels:
                 raise ConnectFailed(
                     f"rank {rank} did not open its {lane} connection to {self.address} within {timeout:g} s"
                 )
@@ -278,7 +279,8 @@ class TcpListener:
 
     def accept_control(self, timeout: float) -> tuple[Hello, ControlLink]:
         with self._ready:
-            if not self._ready.wait_for(lambda: bool(self._links), timeout):
+            self._ready.wait_for(lambda: bool(self._links) or self._closing.is_set(), timeout)
+            if not self._links:
                 raise ConnectFailed(f"nobody opened a control connection to {self.address} within {timeout:g} s")
             return self._links.pop(0)
 
@@ -292,6 +294,7 @@ class TcpListener:
             waiting, self._channels = list(self._channels.values()), {}
             links, self._links = self._links, []
             strangers = list(self._strangers.items())
+            self._ready.notify_all()
         for _, sock in strangers:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,131 @@
+"""What is refused before a process starts, whose share is how large, and what a launcher says."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smolcluster.config.schema import Config
+from smolcluster.errors import ConfigError
+from smolcluster.run.connect import _address_towards
+from smolcluster.run.launcher import Launch, launch_from_environment
+from smolcluster.run.support import check_supported, rank_weights, shared_options
+
+NAMES = ["mini1", "mini2", "mini3"]
+
+
+def make_config(**sections: Any) -> Config:
+    return Config.model_validate({"algorithm": "classicdp", **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        ({"algorithm": "fsdp"}, "fsdp comes in a later release; available: single, classicdp"),
+        ({"cluster": {"tls": True}}, "cluster.tls"),
+        ({"cluster": {"shares": "auto"}}, "cluster.shares auto"),
+        ({"cluster": {"compression": "int8"}}, "cluster.compression int8"),
+        ({"cluster": {"min_ranks": 2}}, "cluster.min_ranks below 3 ranks"),
+        ({"data": {"streaming": True}}, "data.streaming"),
+        ({"training": {"activation_checkpointing": True}}, "training.activation_checkpointing"),
+        ({"logging": {"wandb": "online"}}, "logging.wandb online"),
+    ],
+)
+def test_what_comes_later_is_refused_by_name_instead_of_ignored(sections: dict[str, Any], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        check_supported(make_config(**sections), 3)
+
+
+def test_what_this_release_has_passes() -> None:
+    check_supported(make_config(cluster={"min_ranks": 3, "compression": "bf16"}), 3)
+    check_supported(make_config(algorithm="single"), 1)
+
+
+def test_single_is_one_process() -> None:
+    with pytest.raises(ConfigError, match="2 ranks are asked for"):
+        check_supported(make_config(algorithm="single"), 2)
+
+
+def test_single_passes_over_what_is_said_of_the_cluster() -> None:
+    cluster = {"compression": "int8", "shares": [1, 2], "min_ranks": 1, "tls": True}
+    config = make_config(algorithm="single", cluster=cluster)
+    check_supported(config, 1)
+    assert rank_weights(config, ["rank0"]) == [1.0]
+
+
+def test_shares_become_weights_in_rank_order() -> None:
+    assert rank_weights(make_config(), NAMES) == [1.0, 1.0, 1.0]
+    assert rank_weights(make_config(cluster={"shares": [3, 1, 2]}), NAMES) == [3, 1, 2]
+    by_name = {"mini3": 2, "mini1": 3, "mini2": 1}
+    assert rank_weights(make_config(cluster={"shares": by_name}), NAMES) == [3, 1, 2]
+
+
+@pytest.mark.parametrize("shares", [[1, 2], {"mini1": 1, "mini2": 1}, {"mini1": 1, "mini2": 1, "mini4": 1}])
+def test_shares_of_other_ranks_are_refused(shares: Any) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.shares"):
+        rank_weights(make_config(cluster={"shares": shares}), NAMES)
+
+
+def test_options_that_change_the_result_are_shared_and_those_of_one_machine_are_not() -> None:
+    options = shared_options(make_config())
+    assert options["training.batch_size"] == "None"
+    for change in ({"training": {"learning_rate": 0.5}}, {"cluster": {"seed": 7}}, {"model": {"hidden": 9}}):
+        assert shared_options(make_config(**change)) != options
+    for change in ({"training": {"device": "cpu"}}, {"logging": {"log_interval": 3}}, {"data": {"path": "x"}}):
+        assert shared_options(make_config(**change)) == options
+
+
+ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_a_launcher_is_recognised_by_its_variables() -> None:
+    assert launch_from_environment({}) is None
+    assert launch_from_environment({"MASTER_ADDR": "left over"}) is None
+    assert launch_from_environment(ENVIRONMENT) == Launch(1, 4, 0, "10.0.0.1", 29500, False)
+    torchrun = {**ENVIRONMENT, "LOCAL_RANK": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert launch_from_environment(torchrun) == Launch(1, 4, 1, "10.0.0.1", 29500, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "4"}, "RANK=4 and WORLD_SIZE=4"),
+        ({"RANK": "one"}, "RANK='one'"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0"),
+        ({"MASTER_ADDR": None}, "but not MASTER_ADDR"),
+    ],
+)
+def test_a_launcher_that_makes_no_sense_is_refused(changes: dict[str, str | None], message: str) -> None:
+    environment = {name: value for name, value in {**ENVIRONMENT, **changes}.items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        launch_from_environment(environment)
+
+
+def test_the_own_address_towards_a_host_is_one_that_it_can_reach() -> None:
+    assert _address_towards("127.0.0.1", 9) == "127.0.0.1"
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=no such host"):
+        _address_towards("no such host", 9)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    from smolcluster.monitoring.reporters import QuietReporter
+    from smolcluster.run.node import NodeOptions, run_node
+
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o600)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        hosts = {"host_ip": {"mini1": "127.0.0.1", "mini2": "127.0.0.1"}, "port": {"mini1": port, "mini2": port + 1}}
+        said: list[str] = []
+        with pytest.raises(ConfigError, match=str(port)):
+            run_node(
+                make_config(cluster=hosts), "mini1", NodeOptions(tmp_path / "run", QuietReporter(), token), said.append
+            )
+    assert said == [
+        f"mini1 is rank 0 of 2 (classicdp over tcp), at 127.0.0.1:{port}; it leads, keeps the run folder and waits for "
+        "mini2 (rank 1)"
+    ]
