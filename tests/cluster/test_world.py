@@ -119,7 +119,7 @@ def test_all_survivors_name_the_same_culprit(kind: str, victim: int) -> None:
     for _ in range(5):
         with formed(kind, 4) as worlds:
             survivors = [world for world in worlds if world.rank != victim]
-            killer = Attempt(lambda: die(worlds[victim]))  # noqa: B023 - joined before the loop goes on
+            killer = Attempt(lambda: die(worlds[victim]))
             found = first_errors(survivors, DEADLINE)
             # Each survivor now ends its run and closes, as a process that raised PeerLost does.
             for world in survivors:

@@ -41,6 +41,21 @@ def test_a_line_is_not_missed_when_steps_are_reported_in_jumps() -> None:
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["13/100", "31/100"]
 
 
+def test_a_reader_that_goes_away_does_not_stop_the_run() -> None:
+    class Closed(io.StringIO):
+        writes = 0
+
+        def write(self, text: str) -> int:
+            self.writes += 1
+            raise BrokenPipeError
+
+    stream = Closed()
+    reporter = LineReporter(stream, 10)
+    reporter.note("first")
+    reporter.progress(10, 10, row(9))
+    assert stream.writes == 1
+
+
 def test_the_bar_shows_steps_loss_and_speed() -> None:
     stream = Terminal()
     reporter = BarReporter(stream, "samples")

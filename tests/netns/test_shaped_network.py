@@ -41,7 +41,7 @@ def cluster_file(folder: Path, hosts: lab.Lab) -> Path:
 def start(hosts: lab.Lab, folder: Path, arguments: list[str]) -> list:
     """One `smolcluster node` on every host, rank 0 last: any order of start will do."""
     token = {"SMOLCLUSTER_TOKEN": new_token().hex(), "OMP_NUM_THREADS": "1"}
-    base = [sys.executable, "-m", "smolcluster.cli", "node", "--cluster", str(cluster_file(folder, hosts)), "--quiet"]
+    base = [sys.executable, "-m", "smolcluster", "node", "--cluster", str(cluster_file(folder, hosts)), "--quiet"]
     processes = {}
     for rank in reversed(range(hosts.hosts)):
         command = [*base, "--hostname", f"host{rank}", "--out", str(folder / f"run{rank}"), *arguments]

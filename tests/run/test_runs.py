@@ -252,11 +252,20 @@ def start_endless(folder: Path, *arguments: str) -> tuple[subprocess.Popen[str],
 
 
 @needs_posix_signals
-@pytest.mark.parametrize("arguments", [["--local", "2"], ["--algorithm", "single"]], ids=["local", "single"])
-def test_ctrl_c_finishes_the_step_and_saves_within_ten_seconds(tmp_path: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "signum"),
+    [
+        (["--local", "2"], signal.SIGINT),
+        (["--algorithm", "single"], signal.SIGINT),
+        (["--algorithm", "single"], signal.SIGTERM),
+    ],
+)
+def test_ctrl_c_finishes_the_step_and_saves_within_ten_seconds(
+    tmp_path: Path, arguments: list[str], signum: signal.Signals
+) -> None:
     process, ranks = start_endless(tmp_path / "run", *arguments)
     started = time.monotonic()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     out, err = process.communicate(timeout=20)
     run = Run(process.returncode, out, err, tmp_path / "run")
     assert run.code == 130, err

@@ -139,9 +139,10 @@ def test_sending_on_a_closed_link_raises_connection_lost(pair: tuple[ControlLink
         near.send({"kind": "beat"})
     heard = Heard(far)
     heard.ends.get(timeout=PATIENCE)
+    with contextlib.suppress(ConnectionLost):
+        far.send({"kind": "beat"})  # TCP may take the first one
     with pytest.raises(ConnectionLost):
         far.send({"kind": "beat"})
-        far.send({"kind": "beat"})  # TCP may take the first one
 
 
 def test_last_heard_is_when_the_last_message_came(pair: tuple[ControlLink, ControlLink]) -> None:
@@ -220,11 +221,11 @@ def test_many_messages_may_come_in_one_segment(hostile: tuple[TcpControlLink, so
 
 def test_the_largest_message_passes() -> None:
     left, right = socket.socketpair()
-    with contextlib.closing(tcp_link(left, is_dialler=True)) as near:
-        with contextlib.closing(tcp_link(right, is_dialler=False)) as far:
-            heard = Heard(far)
-            near.send({"text": "x" * ((1 << 20) - 11)})
-            assert len(str(heard.messages.get(timeout=PATIENCE)["text"])) == (1 << 20) - 11
+    near, far = tcp_link(left, is_dialler=True), tcp_link(right, is_dialler=False)
+    with contextlib.closing(near), contextlib.closing(far):
+        heard = Heard(far)
+        near.send({"text": "x" * ((1 << 20) - 11)})
+        assert len(str(heard.messages.get(timeout=PATIENCE)["text"])) == (1 << 20) - 11
 
 
 @pytest.mark.parametrize(
@@ -260,24 +261,27 @@ def test_a_message_that_breaks_off_ends_the_link(hostile: tuple[TcpControlLink, 
     assert heard.messages.empty()
 
 
+def flood(link: ControlLink) -> None:
+    """Send more than any buffer takes."""
+    for _ in range(100):
+        link.send({"text": "x" * 500_000})
+
+
 def test_a_peer_that_does_not_read_is_given_up_after_the_patience(
-    hostile: tuple[TcpControlLink, socket.socket], monkeypatch: pytest.MonkeyPatch
+    hostile: tuple[TcpControlLink, socket.socket],
 ) -> None:
     link, _ = hostile
     start = time.monotonic()
     with pytest.raises(ConnectionLost, match=r"tcp://peer:1 reads no control messages for 0\.3 s"):
-        while time.monotonic() < start + PATIENCE:
-            start_of_last = time.monotonic()
-            link.send({"text": "x" * 500_000})
-    assert 0.3 <= time.monotonic() - start_of_last < 0.3 + 2
+        flood(link)
+    assert 0.3 <= time.monotonic() - start < 0.3 + 2
 
 
 def test_nothing_follows_half_a_message(hostile: tuple[TcpControlLink, socket.socket]) -> None:
     link, other = hostile
     heard = Heard(link)
     with pytest.raises(ConnectionLost):
-        for _ in range(100):
-            link.send({"text": "x" * 500_000})
+        flood(link)
     with pytest.raises(ConnectionLost):
         link.send({"kind": "beat"})
     assert isinstance(heard.ends.get(timeout=PATIENCE), ConnectionLost)  # so that the peer counts as lost

@@ -97,7 +97,7 @@ def test_fields_that_contradict_the_kind_are_refused(strange: Prelude) -> None:
         frame.unpack(frame.pack(strange))
 
 
-@settings(max_examples=3000)
+@settings(max_examples=2000)
 @given(st.binary(min_size=PRELUDE_BYTES, max_size=PRELUDE_BYTES), st.binary(min_size=64, max_size=64), st.booleans())
 def test_random_bytes_only_ever_raise_frame_error(head: bytes, dims: bytes, plausible: bool) -> None:
     if plausible:  # otherwise the magic hides everything behind it
@@ -112,7 +112,7 @@ def test_random_bytes_only_ever_raise_frame_error(head: bytes, dims: bytes, plau
 
 
 # Zero makes every product zero, so that strange shapes are not caught by the byte count.
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(st.lists(st.one_of(st.sampled_from([0, 1, 2, 2**31, 2**62, 2**63, 2**64 - 1]), U64), max_size=8))
 def test_dims_either_become_a_tensor_or_a_frame_error(dims: list[int]) -> None:
     count = math.prod(dims)

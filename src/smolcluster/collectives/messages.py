@@ -82,11 +82,13 @@ class MessageBox:
 
     def _deliver(self, posted: _Posted, message: Tensor, src: int, tag: int) -> None:
         out = posted.out
-        if out is None or out is message:
+        if out is None:
             self._loop.finish(posted.work, results=[message])
+        elif out is message:
+            self._loop.finish(posted.work)  # its result is the caller's own tensor already
         elif out.numel() == message.numel() and out.dtype == message.dtype:
             out.view(-1).copy_(message.view(-1))
-            self._loop.finish(posted.work, results=[out])
+            self._loop.finish(posted.work)
         else:
             error = CollectiveMismatch(
                 f"rank {src} sent {message.dtype} of shape {tuple(message.shape)} with tag {tag}, the receiver has "

@@ -172,7 +172,7 @@ class TorchCommunicator:
             self._group = open_group(backend, store, rank, world_size, timeout)
         except RuntimeError as exc:
             raise translate(exc, f"rank {rank} connecting group {name}", -1) from exc
-        atexit.register(self._end_threads)
+        atexit.register(self._end)
 
     # ---- collectives
 
@@ -385,9 +385,10 @@ class TorchCommunicator:
 
         The connections are closed, so the peers' pending calls fail too, with PeerLost. From any thread.
         """
-        if not self._lanes.fail(error):
+        group = getattr(self, "_group", None)  # gone if this comes after close
+        if not self._lanes.fail(error) or group is None:
             return
-        break_group(self._group, self.rank, self.world_size, self._backend)
+        break_group(group, self.rank, self.world_size, self._backend)
         for child in list(self._children):
             child.abort(error)
 
@@ -404,9 +405,8 @@ class TorchCommunicator:
             self._lanes.fail(closed)
         else:  # somebody is gone, or busy with what was left half done: end it
             self.abort(closed)
-        self._end_threads()
-        atexit.unregister(self._end_threads)
-        del self._group  # closes its sockets now; nothing uses it any more, as every call fails before it could
+        self._end()
+        atexit.unregister(self._end)
 
     # ---- helpers
 
@@ -418,10 +418,16 @@ class TorchCommunicator:
             return False
         return True
 
-    def _end_threads(self) -> None:
-        # Also at exit: a thread that comes back from torch's C++ while the interpreter ends would abort the process.
+    def _end(self) -> None:
+        """End our threads and torch's.
+
+        Also at exit: a thread that needs the interpreter after its end would abort the process, and gloo's own threads
+        need it to free the tensors of the last call.
+        """
         self.abort(ClusterError(f"rank {self.rank} ended with {self._name} still open"))
         self._lanes.close()
+        if hasattr(self, "_group"):
+            del self._group  # its destructor joins them; no call comes as far as using it any more
 
     def _submit(self, call: Call, run: Run, moved: Tensor | None = None) -> PendingWork:
         """Queue a collective: `run` moves `moved`, on the collectives' thread."""

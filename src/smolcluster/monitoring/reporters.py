@@ -105,11 +105,18 @@ class LineReporter:
         self._unit = unit
         self._numbers = _Numbers()
         self._shown = 0
+        self._broken = False
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        if self._broken:
+            return
+        try:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        except OSError:
+            # Whoever read it has gone (a closed pipe, a lost ssh session): that is no reason to stop training.
+            self._broken = True
 
     def progress(self, done: int, total: int, row: JsonObject) -> None:
         """Print a line when it is due."""

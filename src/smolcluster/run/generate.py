@@ -16,8 +16,9 @@ from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.models.build import build_model
 from smolcluster.models.gpt import GPT
 
-# A little below 1 and few candidates: a model this small otherwise slips into letters that form no word.
-TEMPERATURE = 0.7
+# Measured on the demo's model, four seeds: at 0.5 three quarters of the words occur in the training text, at 0.7 six in
+# ten; at 0.4 it begins to repeat itself.
+TEMPERATURE = 0.5
 TOP_K = 20
 _WORD = re.compile(r"[A-Za-z]{3,}")
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -187,6 +187,8 @@ class _NodeRun:
                 parts = prepare(self._config, self._rank, self._names, self._local_rank)
                 world, comm = join()
                 training.set()
+                if self._stop.is_set():
+                    raise KeyboardInterrupt
                 try:
                     return self._train_connected(parts, world, comm, folder)
                 except Exception as error:
@@ -222,29 +224,36 @@ class _NodeRun:
 
 @contextlib.contextmanager
 def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[threading.Event]:
-    """Make SIGTERM mean Ctrl-C, and end the process if a stop takes too long.
+    """Make Ctrl-C and SIGTERM set `stop`, and end the process if that takes too long, or at the second one.
 
-    Yields an event to be set when there is a step to finish; before, a signal ends the run at once. Ctrl-C itself is
-    the business of TrainerRole while it trains, and Python's KeyboardInterrupt otherwise.
+    Yields an event to be set when there is a step to finish; before, a signal also raises KeyboardInterrupt. While it
+    trains, Ctrl-C itself is the business of TrainerRole.
     """
     training, done = threading.Event(), threading.Event()
 
-    def on_terminate(_signum: int, _frame: FrameType | None) -> None:
-        if stop.is_set() or not training.is_set():
-            raise KeyboardInterrupt
+    def leave() -> NoReturn:
+        reporter.close()
+        os._exit(EXIT_INTERRUPTED)
+
+    def on_signal(_signum: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            leave()  # not an exception: seen to be lost in the middle of `import torch`
         stop.set()
+        if not training.is_set():
+            raise KeyboardInterrupt
 
     def watch() -> None:
         stop.wait()
         if done.is_set():
             return
-        reporter.note("stopping after this step; Ctrl-C again ends at once")
+        if training.is_set():
+            reporter.note("stopping after this step; Ctrl-C again ends at once")
         if not done.wait(STOP_LIMIT_S):
-            reporter.close()
-            os._exit(EXIT_INTERRUPTED)
+            leave()
 
     is_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, on_terminate) if is_main else None
+    signums = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    previous = {signum: signal.signal(signum, on_signal) for signum in signums}
     watcher = threading.Thread(target=watch, name="stop-watchdog", daemon=True)
     watcher.start()
     try:
@@ -253,8 +262,8 @@ def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[threading.Ev
         done.set()
         stop.set()  # releases the watcher
         watcher.join(timeout=1)
-        if is_main:
-            signal.signal(signal.SIGTERM, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _host(hosts: Sequence[Host], hostname: str) -> Host:

@@ -60,7 +60,7 @@ def run_rank(
     """
     save = None if checkpoints is None else _saving(parts.config, checkpoints)
     assembly = assemble(parts, comm, save=save, skip_nonfinite=skip_nonfinite)
-    sink = _Extended(context.metrics, parts.config, assembly.strategy.model)
+    sink = _Extended(context.metrics, parts, assembly.strategy.model)
     logger.info("training rank=%d world_size=%d steps=%d", parts.rank, comm.world_size, parts.steps)
     with assembly.loader:
         result = TrainerRole(assembly.trainer).run(RunContext(sink, comm, context.stop))
@@ -136,16 +136,19 @@ def _saving(config: Config, checkpoints: Path) -> Callable[[int, nn.Module], Non
 class _Extended:
     """A sink that adds to a rank's rows what the trainer does not know: the process, and each parameter's gradient."""
 
-    def __init__(self, sink: MetricsSink, config: Config, model: nn.Module) -> None:
+    def __init__(self, sink: MetricsSink, parts: Parts, model: nn.Module) -> None:
         self._sink = sink
-        self._interval = config.cluster.metrics_log_interval
-        self._model = model if config.training.track_gradients else None
+        self._interval = parts.config.cluster.metrics_log_interval
+        self._model = model if parts.config.training.track_gradients else None
+        self._device = parts.device
         self._usage = ProcessUsage()
 
     def write(self, row: JsonObject) -> None:
         step = row.get("step")
         if isinstance(step, int) and step % self._interval == 0:
             row = row | self._usage.row()
+            if self._device.type == "cuda":
+                row["sys/gpu_memory_bytes"] = torch.cuda.memory_allocated(self._device)
         if self._model is not None and isinstance(row.get("train/grad_norm"), float):
             row = row | _gradient_norms(self._model, row["train/grad_norm"])
         self._sink.write(row)
