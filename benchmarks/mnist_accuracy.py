@@ -34,11 +34,8 @@ def train(algorithm: str, ranks: int, batch: int, seed: int, precision: str, fol
     overrides = [word for key, value in settings.items() for word in ("--override", f"{key}={value}")]
     out = folder / f"{algorithm}-{seed}-{precision}"
     local = ["--local", str(ranks)] if ranks > 1 else []
-    subprocess.run(
-        [sys.executable, "-m", "smolcluster", "train", "--algorithm", algorithm, *local, "--quiet", "--out", str(out)]
-        + overrides,
-        check=True,
-    )
+    command = [sys.executable, "-m", "smolcluster", "train", "--algorithm", algorithm, *local, "--quiet"]
+    subprocess.run([*command, "--out", str(out), *overrides], check=True)
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return summary
 

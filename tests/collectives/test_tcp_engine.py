@@ -310,7 +310,7 @@ def test_an_error_in_a_callback_fails_what_is_pending_instead_of_hanging_it(
 
         work.add_done_callback(fail)
         comms[1].send(torch.ones(1), 0, 0).wait(WAIT)
-        with pytest.raises(SmolError, match="ZeroDivisionError.*a mistake of the caller"):
+        with pytest.raises(SmolError, match=r"ZeroDivisionError.*a mistake of the caller"):
             later.wait(WAIT)
         assert isinstance(later.exception().__cause__, ZeroDivisionError)
         assert "a mistake of the caller" in caplog.text

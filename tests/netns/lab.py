@@ -64,7 +64,8 @@ def network(hosts: int, *, rate: str | None = None) -> Iterator[Lab]:
             name = f"{prefix}{host}"
             _run("ip", "netns", "add", name)
             _run("ip", "-n", name, "link", "set", "lo", "up")
-            _run("ip", "link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", f"p{host}", "netns", switch)
+            peer = ("peer", "name", f"p{host}", "netns", switch)
+            _run("ip", "link", "add", "eth0", "netns", name, "type", "veth", *peer)
             _run("ip", "-n", name, "addr", "add", f"198.18.0.{host + 1}/24", "dev", "eth0")
             _run("ip", "-n", name, "link", "set", "eth0", "up")
             _run("ip", "-n", switch, "link", "set", f"p{host}", "master", "br0")

@@ -91,6 +91,7 @@ class World:
         self._handlers: dict[str, Callable[[int, JsonObject], None]] = {}
         self._early: dict[str, list[tuple[int, JsonObject]]] = {}
         self._suspects: dict[int, threading.Timer] = {}
+        self._on_left: dict[int, list[Callable[[PeerLost], None]]] = {}
         self._began = time.monotonic()
         for peer, link in links.items():
             self._attach(peer, link)
@@ -168,9 +169,12 @@ class World:
         If it turns out that the peer left as planned, nobody is lost: `on_left(error)` fails what still needs it.
         """
         with self._lock:
-            if self._error is not None or self._leaving or peer in self._suspects:
+            if self._error is not None or self._leaving:
                 return
-            timer = threading.Timer(GRACE, self._judge, (peer, reason, on_left))
+            self._on_left.setdefault(peer, []).append(on_left)
+            if peer in self._suspects:
+                return
+            timer = threading.Timer(GRACE, self._judge, (peer, reason))
             timer.daemon = True
             timer.name = f"suspect rank {peer}"
             self._suspects[peer] = timer
@@ -183,12 +187,15 @@ class World:
                 return
         self.abort(PeerLost(f"{self.name(peer)} is lost: {reason}", peer))
 
-    def _judge(self, peer: int, reason: SmolError, on_left: Callable[[PeerLost], None]) -> None:
+    def _judge(self, peer: int, reason: SmolError) -> None:
         with self._lock:
             left = peer in self._left
             self._suspects.pop(peer, None)
+            callbacks = self._on_left.pop(peer, [])
         if left:
-            on_left(PeerLost(f"{self.name(peer)} has left the run, but this rank still needs it: {reason}", peer))
+            error = PeerLost(f"{self.name(peer)} has left the run, but this rank still needs it: {reason}", peer)
+            for on_left in callbacks:
+                on_left(error)
         else:
             self.report_lost(peer, str(reason))
 

@@ -36,7 +36,8 @@ def inproc_group(
 def tcp_group(world_size: int, *, plan: Plan | None = None, patience: float = 5.0) -> list[TcpCommunicator]:
     """The tcp engine over real, authenticated loopback connections; communicators in rank order."""
     token, run_id = new_token(), secrets.token_hex(8)
-    listeners = [tcp.listen("127.0.0.1", 0, token=token, run_id=run_id) for _ in range(world_size)]
+    options = tcp.TcpOptions(patience=patience)
+    listeners = [tcp.listen("127.0.0.1", 0, token=token, run_id=run_id, options=options) for _ in range(world_size)]
 
     def join(rank: int) -> World:
         return join_world(
@@ -53,7 +54,12 @@ def _connect(world_size: int, join: Callable[[int], World], plan: Plan | None) -
 
     def run(rank: int) -> None:
         try:
-            comms[rank] = TcpCommunicator(join(rank), plan=plan)
+            world = join(rank)
+            try:
+                comms[rank] = TcpCommunicator(world, plan=plan)
+            except SmolError:
+                world.close()
+                raise
         except SmolError as error:
             errors.append(error)
 
@@ -63,5 +69,7 @@ def _connect(world_size: int, join: Callable[[int], World], plan: Plan | None) -
     for thread in threads:
         thread.join()
     if errors:
+        for comm in comms.values():
+            comm.close()
         raise errors[0]
     return [comms[rank] for rank in range(world_size)]

@@ -28,6 +28,10 @@ class Receiver(Protocol):
         """The payload is complete."""
         ...
 
+    def expects(self, peer: int) -> bool:
+        """True while something that `peer` has yet to send is waited for."""
+        ...
+
     def gone(self, peer: int, error: SmolError) -> None:
         """Nothing more comes from `peer`."""
         ...
@@ -66,6 +70,10 @@ class Lane:
     def sending(self) -> bool:
         """True while bytes wait to be sent."""
         return bool(self._out)
+
+    def is_needed(self) -> bool:
+        """True while bytes wait to be sent, or the peer's are waited for."""
+        return self.sending() or self.receiver.expects(self.peer)
 
     def flush(self) -> None:
         """Send until the connection takes no more."""

@@ -74,8 +74,18 @@ class MessageBox:
         else:
             self._deliver(posted, memory, lane.peer, prelude.tag)
 
+    def expects(self, peer: int) -> bool:
+        """See lane.Receiver."""
+        arriving = self._arriving.get(peer)
+        if arriving is not None and arriving[1] is not None:
+            return True
+        return any(src == peer and queue for (src, _), queue in self._posted.items())
+
     def gone(self, peer: int, error: SmolError) -> None:
         """See lane.Receiver: receives that wait for `peer` fail."""
+        _, posted = self._arriving.pop(peer, (None, None))
+        if posted is not None:
+            self._loop.finish(posted.work, error)
         for (src, _), queue in self._posted.items():
             while src == peer and queue:
                 self._loop.finish(queue.popleft().work, error)

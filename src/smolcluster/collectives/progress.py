@@ -84,6 +84,7 @@ class ProgressLoop:
         self._inbox: deque[Callable[[], None]] = deque()
         self._calls: deque[Call] = deque()
         self._current: Call | None = None
+        self._broken: dict[Lane, SmolError] = {}  # broken connections that nobody has needed since
         self._departed: dict[int, SmolError] = {}  # peers that left as planned: what still needs them fails
         self._open_works: set[PendingWork] = set()
         self._poller = _Poller()
@@ -162,13 +163,17 @@ class ProgressLoop:
         """`peer` has left and its connections are closed: fail what needs it, now and later. From any thread."""
         with self._state:
             self._departed[peer] = error
-            self._inbox.append(lambda: self._fail_dependents(error))
+            self._inbox.append(lambda: self._fail_dependents(peer, error))
             self._state.notify_all()
             self._wake()
 
     def departed(self, peer: int) -> SmolError | None:
         """The error for what needs a peer that has left; None: it is there."""
         return self._departed.get(peer)
+
+    def error(self) -> SmolError | None:
+        """What ended this loop, if anything did."""
+        return self._error
 
     def close(self) -> None:
         """Stop the thread and close the lanes. What is still pending fails."""
@@ -234,11 +239,17 @@ class ProgressLoop:
             except SmolError as error:
                 self.fail(error)
                 return
+            except Exception as exc:  # a mistake here or in a callback: those who wait must hear of it, not wait on
+                logger.exception("progress loop failed name=%s", self._thread.name)
+                unexpected = SmolError(f"the communicator failed unexpectedly: {exc!r}")
+                unexpected.__cause__ = exc
+                self.fail(unexpected)
+                return
             spins = 0 if moved else spins + 1
 
     def _sleep_seconds(self, deadline: float | None) -> float:
         now = time.monotonic()
-        ends = [lane.channel.due() for lane in self._lanes if not lane.broken]
+        ends = [lane.channel.due() for lane in self._lanes if not lane.broken and not lane.held]
         seconds = min((end - now for end in [*ends, deadline] if end is not None), default=MAX_SLEEP)
         return max(0.0, min(MAX_SLEEP, seconds))
 
@@ -263,18 +274,26 @@ class ProgressLoop:
         for lane in self._lanes:
             if lane.broken:
                 continue
-            due = lane.channel.due()
+            due = None if lane.held else lane.channel.due()
             if lane in ready or (lane.held and retry) or (due is not None and due <= now):
                 moved = self._guarded(lane, lane.pump) or moved
         self._advance_calls()  # what arrived or was sent may have finished a call
+        self._report_broken()
         return moved
 
-    def _fail_dependents(self, error: SmolError) -> None:
-        if self._current is not None:
-            self.fail(error)  # half a collective cannot be taken back
+    def _fail_dependents(self, peer: int, error: SmolError) -> None:
         for lane in self._lanes:
-            if lane.peer in self._departed:
+            if lane.peer == peer:
+                if lane in self._collective_lanes and lane.is_needed():
+                    self.fail(error)  # half a collective cannot be taken back
                 lane.give_up(error)
+
+    def _report_broken(self) -> None:
+        """Report a broken connection once it is needed: a peer that is done may close while others still go on."""
+        for lane, error in list(self._broken.items()):
+            if lane.is_needed():
+                del self._broken[lane]
+                self._on_broken(lane.peer, error)
 
     def _take_submissions(self) -> None:
         while self._inbox:
@@ -304,7 +323,8 @@ class ProgressLoop:
     def _flushed(self) -> bool:
         for lane in self._collective_lanes:
             if lane.sending():
-                self._guarded(lane, lane.flush)
+                if not lane.broken:
+                    self._guarded(lane, lane.flush)
                 if lane.sending():
                     return False
         return True
@@ -337,10 +357,14 @@ class ProgressLoop:
         except SmolError as error:
             lane.broken = True
             logger.info("lane broken peer=%d reason=%s", lane.peer, error)
-            self._on_broken(lane.peer, error)
+            self._broken[lane] = error
             return False
 
     # ---- Receiver of the collective lanes
+
+    def expects(self, peer: int) -> bool:
+        """See Receiver."""
+        return self._current is not None and any(src == peer for src, _ in self._current.posted)
 
     def place(self, lane: Lane, prelude: Prelude, dims: bytes) -> memoryview | None:
         """See Receiver."""
@@ -350,7 +374,9 @@ class ProgressLoop:
         ours = call.prelude
         if prelude.sequence > ours.sequence and prelude.generation == ours.generation:
             return None  # the peer has finished this call and begun a later one
-        theirs = replace(prelude, tag=0, hop=0, nbytes=0, ndim=0, count=0 if prelude.ndim else prelude.count)
+        theirs = replace(prelude, tag=0, hop=0, nbytes=0)
+        if prelude.operation in frame.SHAPED:  # such a frame speaks of its own tensor only
+            theirs = replace(theirs, ndim=0, count=0)
         if theirs != ours:
             raise CollectiveMismatch(
                 f"rank {lane.peer} called {prelude.describe()} while this rank called {ours.describe()}. Every rank "
@@ -395,16 +421,18 @@ class _Poller:
         """The lanes that can be read or written, after at most `seconds`; bytes on `wake` end the sleep."""
         wanted = {wake.fileno(): (True, False)}
         by_fd: dict[int, Lane] = {}
+        closed = {lane for lane in lanes if not lane.broken and lane.channel.fileno() < 0}
         for lane in lanes:
-            if not lane.broken:
+            if not lane.broken and lane not in closed:
                 reads, writes = lane.channel.wants(sending=lane.sending())
                 wanted[lane.channel.fileno()] = (reads and not lane.held, writes)
                 by_fd[lane.channel.fileno()] = lane
+        seconds = 0.0 if closed else seconds
         ready = self._select(wanted, seconds) if self._poll is None else self._poll_fds(self._poll, wanted, seconds)
         if wake.fileno() in ready:
             with contextlib.suppress(OSError):
                 wake.recv(4096)
-        return {by_fd[fd] for fd in ready if fd in by_fd}
+        return {by_fd[fd] for fd in ready if fd in by_fd} | closed  # reading tells why it is closed
 
     def _poll_fds(self, poll: select.poll, wanted: dict[int, tuple[bool, bool]], seconds: float) -> list[int]:
         masks = {fd: reads * select.POLLIN | writes * select.POLLOUT for fd, (reads, writes) in wanted.items()}

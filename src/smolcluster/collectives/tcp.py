@@ -74,7 +74,7 @@ class TcpCommunicator:
             timeout: seconds to wait for the connections.
 
         Raises:
-            ConnectFailed: a rank did not connect in time.
+            ConnectFailed: a rank did not connect in time. The world stays open.
         """
         members = list(range(world.world_size)) if ranks is None else list(ranks)
         self.rank = members.index(world.rank)
@@ -93,13 +93,17 @@ class TcpCommunicator:
         self._box = MessageBox(self._loop, self.generation)
         self._collective_lanes: dict[int, Lane] = {}
         self._message_lanes: dict[int, Lane] = {}
-        for peer, member in enumerate(members):
-            if peer != self.rank:
-                bulk = Lane(peer, world.open_channel(member, f"bulk:{name}", timeout), self._loop)
-                p2p = Lane(peer, world.open_channel(member, f"p2p:{name}", timeout), self._box)
-                self._collective_lanes[peer], self._message_lanes[peer] = bulk, p2p
-                self._loop.add_lane(bulk, collective=True)
-                self._loop.add_lane(p2p, collective=False)
+        try:
+            for peer, member in enumerate(members):
+                if peer != self.rank:
+                    bulk = Lane(peer, world.open_channel(member, f"bulk:{name}", timeout), self._loop)
+                    self._loop.add_lane(bulk, collective=True)
+                    p2p = Lane(peer, world.open_channel(member, f"p2p:{name}", timeout), self._box)
+                    self._loop.add_lane(p2p, collective=False)
+                    self._collective_lanes[peer], self._message_lanes[peer] = bulk, p2p
+        except BaseException:
+            self._loop.close()
+            raise
         world.on_failure(self._loop.fail)
 
     # ---- collectives
@@ -327,13 +331,15 @@ class TcpCommunicator:
                 self.generation, 0, 0, self._sequence, count, 0,
             )  # fmt: skip
             work = PendingWork(self._loop, prelude.describe, [tensor for _, tensor in restore])
-            shapes = operation in (frame.OP_ALL_TO_ALL_RAGGED, frame.OP_EXCHANGE, frame.OP_BARRIER)
+            shapes = operation in frame.SHAPED
 
             def start(call: Call, piece: int) -> Steps:
                 return begin(_PieceWire(self, prelude, piece, shapes, first_hop), piece)
 
             call = Call(work, prelude, pieces, start, window=self._plan.window, on_success=on_success)
-            if self.world_size == 1:
+            if self.world_size == 1 and (ended := self._loop.error()) is not None:
+                work.finish(ended)
+            elif self.world_size == 1:
                 for piece in range(pieces):
                     for _ in start(call, piece):
                         pass

@@ -43,6 +43,9 @@ OP_NAMES = {
     OP_BARRIER: "barrier",
 }
 
+# Collectives whose frames carry a shape of their own; `count` is then that tensor's.
+SHAPED = (OP_ALL_TO_ALL_RAGGED, OP_EXCHANGE, OP_BARRIER)
+
 # name -> (code, bytes per element). The only dtypes that travel.
 DTYPES: dict[str, tuple[int, int]] = {
     "float32": (1, 4),
