@@ -29,6 +29,7 @@ from smolcluster.collectives.codec import Bf16Codec, Fp16Codec
 from smolcluster.collectives.groups import inproc_group, tcp_group
 from smolcluster.collectives.tcp import Plan, TcpCommunicator
 from smolcluster.errors import (
+    AuthFailed,
     CollectiveMismatch,
     CollectiveTimeout,
     ConnectFailed,
@@ -241,61 +242,60 @@ def test_a_message_is_taken_in_while_nobody_waits_for_it() -> None:
         sent.wait(WAIT)
 
 
-def test_two_threads_wait_for_different_works_at_once() -> None:
+@pytest.fixture(params=[True, False], ids=["with background thread", "waiters only"])
+def background(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the progress thread works; without it, those who wait drive the loop, and nobody else."""
+    if not request.param:
+        monkeypatch.setattr(progress.ProgressLoop, "_run", lambda self: None)
+    return bool(request.param)
+
+
+def test_two_threads_wait_for_different_works_at_once(background: bool) -> None:
     with group(inproc_group, 2) as comms:
-        first, second = comms[0].recv(1, 1), comms[0].recv(1, 2)
-        waiters = OnThreads([comms[0]] * 2, lambda _: None)
-        waiters.outcomes()
+        works = [comms[0].recv(1, 0), comms[0].recv(1, 1)]
         order: list[int] = []
 
         def wait(index: int) -> None:
-            (first, second)[index].wait(WAIT)
+            works[index].wait(WAIT)
             order.append(index)
 
         threads = [threading.Thread(target=wait, args=(index,)) for index in range(2)]
         for thread in threads:
             thread.start()
-        comms[1].send(torch.ones(1), 0, 2).wait(WAIT)
-        threads[1].join(WAIT)
-        assert order == [1]  # whoever drives the loop hands it on
-        comms[1].send(torch.ones(1), 0, 1).wait(WAIT)
-        threads[0].join(WAIT)
+        for index in (1, 0):  # whoever drives the loop finishes the other's work, and hands the loop on
+            comms[1].send(torch.ones(1), 0, index).wait(WAIT)
+            threads[index].join(WAIT)
         assert order == [1, 0]
 
 
-def wait_until_driven(comm: TcpCommunicator, thread: threading.Thread) -> None:
-    """Until `thread` runs the communicator's loop itself."""
-    deadline = time.monotonic() + WAIT
-    loop = comm._loop
-    while time.monotonic() < deadline:
-        stack = sys._current_frames().get(thread.ident or 0)
-        while stack is not None:
-            if stack.f_code is type(loop)._drive.__code__:
-                return
-            stack = stack.f_back
-    raise AssertionError("the waiter does not drive the loop")
-
-
-def test_abort_from_another_thread_wakes_the_waiter_that_drives_the_loop() -> None:
+def test_abort_from_another_thread_wakes_the_waiter_that_drives_the_loop(background: bool) -> None:
     with group(inproc_group, 2) as comms:
-        # Give the background thread nothing to do first, so that the waiter takes the loop.
-        caught: list[BaseException] = []
-        work = comms[0].recv(1, 0)
-
-        def wait() -> None:
-            try:
-                work.wait()
-            except SmolError as error:
-                caught.append(error)
-
-        comms[0]._loop._take_over = True
-        thread = threading.Thread(target=wait)
-        thread.start()
-        start = time.monotonic()
+        waiter = OnThreads(comms[:1], lambda comm: comm.recv(1, 0).wait())
+        threading.Event().wait(0.05)
         comms[0].abort(CollectiveMismatch("enough"))
-        thread.join(WAIT)
-        assert time.monotonic() - start < 2
-        assert [str(error) for error in caught] == ["enough"]
+        (error,) = waiter.outcomes()
+        assert isinstance(error, CollectiveMismatch)
+        assert str(error) == "enough"
+        assert waiter.seconds[0] < 2
+
+
+def test_waiting_alone_makes_all_the_progress_that_is_needed(background: bool) -> None:
+    assert run_group(list(inproc_group(3, plan=SMALL_PLAN)), lambda comm: len(everything(comm))) == [32] * 3
+
+
+def test_closing_wakes_the_waiter_that_drives_the_loop(background: bool) -> None:
+    with group(inproc_group, 2) as comms:
+        waiter = OnThreads(comms[:1], lambda comm: comm.recv(1, 0).wait())
+        threading.Event().wait(0.05)
+        comms[0].close()
+        (error,) = waiter.outcomes()
+        assert isinstance(error, CollectiveMismatch)
+        assert "closed" in str(error)
+        assert waiter.seconds[0] < 2
+
+
+def fail_in_a_callback(_: object) -> None:
+    raise ZeroDivisionError("a mistake of the caller")
 
 
 def test_an_error_in_a_callback_fails_what_is_pending_instead_of_hanging_it(
@@ -305,14 +305,27 @@ def test_an_error_in_a_callback_fails_what_is_pending_instead_of_hanging_it(
         later = comms[0].recv(1, 9)
         work = comms[0].recv(1, 0)
 
-        def fail(_: object) -> None:
-            raise ZeroDivisionError("a mistake of the caller")
-
-        work.add_done_callback(fail)
+        work.add_done_callback(fail_in_a_callback)
         comms[1].send(torch.ones(1), 0, 0).wait(WAIT)
         with pytest.raises(SmolError, match=r"ZeroDivisionError.*a mistake of the caller"):
             later.wait(WAIT)
         assert isinstance(later.exception().__cause__, ZeroDivisionError)
+        assert "a mistake of the caller" in caplog.text
+
+
+def test_an_error_in_a_callback_does_not_keep_an_abort_from_anybody(caplog: pytest.LogCaptureFixture) -> None:
+    with group(inproc_group, 2) as comms:
+        works = [comms[0].recv(1, tag) for tag in range(10)]
+        called: list[int] = []
+        for tag, work in enumerate(works):
+            work.add_done_callback(fail_in_a_callback)
+            work.add_done_callback(lambda _, tag=tag: called.append(tag))
+        comms[1].abort(CollectiveMismatch("enough"))
+        for work in works:
+            with pytest.raises(CollectiveMismatch, match="enough"):
+                work.wait(WAIT)
+        comms[0].close()
+        assert sorted(called) == list(range(10))
         assert "a mistake of the caller" in caplog.text
 
 
@@ -430,6 +443,7 @@ def test_all_survivors_of_a_death_name_the_same_rank(make: Callable[..., Group],
             for lane in comms[victim]._loop._lanes:  # the process is gone: bulk first, then control
                 lane.channel.abort(ConnectionLost("killed"))
             die(comms[victim]._world)
+            comms[victim]._loop.fail(SmolError("killed"))  # its thread is gone too
             errors = ranks.outcomes()
             survivors = [error for rank, error in enumerate(errors) if rank != victim]
             assert [type(error) for error in survivors] == [PeerLost] * 3, errors
@@ -671,10 +685,11 @@ def test_a_communicator_that_cannot_connect_leaves_nothing_open() -> None:
 
 def test_a_group_that_does_not_come_together_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Any, rank: int, lane: str, timeout: float) -> Channel:
-        raise ConnectFailed(f"rank {rank} cannot be reached")
+        raise AuthFailed(f"rank {rank} is somebody else")
 
     monkeypatch.setattr(tcp.TcpListener, "accept_channel", refuse)
-    with pytest.raises((ConnectFailed, PeerLost)):
+    monkeypatch.setattr("smolcluster.cluster.world.OPEN_SLICE", 0.2)
+    with pytest.raises((AuthFailed, PeerLost)):
         tcp_group(3)
 
 

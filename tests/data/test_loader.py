@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smolcluster.data import loader as loader_module
 from smolcluster.data.batch import Batch
 from smolcluster.data.datasets import ClassesDataset, Kind, TextDataset
-from smolcluster.data.loader import PREFETCHED_STEPS, BatchLoader, eval_batches
+from smolcluster.data.loader import MAX_PREFETCHED_STEPS, MIN_PREFETCHED_STEPS, BatchLoader, eval_batches
 from smolcluster.data.sampler import Sampler
 
 DEADLINE = 20.0
@@ -157,18 +158,26 @@ def test_a_step_that_is_ready_is_given_while_the_next_one_still_loads() -> None:
         assert len(list(loader)) == 2
 
 
-def test_no_more_is_prepared_than_the_bound() -> None:
+@pytest.mark.parametrize(
+    ("room_bytes", "prepared"),
+    [
+        (0, MIN_PREFETCHED_STEPS),  # large steps
+        (10 * (2 * 4 + 2 * 8), 10),  # ten steps of 24 bytes
+        (2**30, MAX_PREFETCHED_STEPS),
+    ],
+)
+def test_no_more_is_prepared_than_the_bound(monkeypatch: pytest.MonkeyPatch, room_bytes: int, prepared: int) -> None:
+    monkeypatch.setattr(loader_module, "PREFETCHED_BYTES", room_bytes)
     full = threading.Event()
 
     def on_batch(call: int) -> None:
-        if call == PREFETCHED_STEPS:
+        if call == prepared - 1:
             full.set()
 
-    dataset = Numbers(8, on_batch)
-    with BatchLoader(dataset, Sampler(8, 2, 0), 0) as loader:
-        next(loader)
+    dataset = Numbers(1000, on_batch)
+    with BatchLoader(dataset, Sampler(1000, 2, 0), 0):
         assert full.wait(DEADLINE)
-    assert dataset.calls == 1 + PREFETCHED_STEPS  # after close, so nothing can follow
+    assert dataset.calls == prepared  # after close, so nothing can follow
 
 
 def test_what_the_dataset_raises_reaches_the_caller_after_the_steps_before_it() -> None:

@@ -157,7 +157,10 @@ class ProgressLoop:
             self._state.notify_all()
             self._wake()
         for work in works:
-            work.finish(error)
+            try:
+                work.finish(error)
+            except Exception:  # a mistake in a callback: the other works must fail as well
+                logger.exception("callback failed name=%s", self._thread.name)
 
     def depart(self, peer: int, error: SmolError) -> None:
         """`peer` has left and its connections are closed: fail what needs it, now and later. From any thread."""

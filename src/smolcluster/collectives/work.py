@@ -58,7 +58,7 @@ class PendingWork:
         fn(self)
 
     def finish(self, error: SmolError | None = None, results: list[Tensor] | None = None) -> None:
-        """Mark done or failed; the first call counts."""
+        """Mark done or failed; the first call counts. Raises what a callback raised, after all were called."""
         with self._lock:
             if self._finished.is_set():
                 return
@@ -67,5 +67,11 @@ class PendingWork:
                 self._results = results
             self._finished.set()
             callbacks, self._callbacks = self._callbacks, []
+        mistake: Exception | None = None
         for fn in callbacks:
-            fn(self)
+            try:
+                fn(self)
+            except Exception as exc:  # noqa: BLE001 - raised below: the other callbacks must hear of the end as well
+                mistake = mistake or exc
+        if mistake is not None:
+            raise mistake

@@ -17,7 +17,11 @@ from smolcluster.data.sampler import Sampler, split_by_shares
 
 logger = logging.getLogger(__name__)
 
-PREFETCHED_STEPS = 2  # ready ahead of the caller; more only holds memory, as loading is faster than a step
+# Steps ready ahead of the caller: two, or where steps are small so many as fit into PREFETCHED_BYTES. Loading is faster
+# than a step, but where a step takes a millisecond, waking the thread for each would cost a tenth of it.
+MIN_PREFETCHED_STEPS = 2
+MAX_PREFETCHED_STEPS = 64
+PREFETCHED_BYTES = 8 * 2**20
 JOIN_TIMEOUT = 5.0
 # A wait without an end cannot be interrupted by Ctrl-C on Windows.
 WAIT_SLICE = 0.5
@@ -56,6 +60,7 @@ class BatchLoader:
         self._micro_batches = micro_batches
         self._steps = count(start_step) if max_steps is None else iter(range(start_step, max_steps))
         self._ready: deque[list[Batch]] = deque()
+        self._depth = MIN_PREFETCHED_STEPS
         self._finished = False
         self._closed = False
         self._error: Exception | None = None
@@ -87,7 +92,8 @@ class BatchLoader:
                 self._changed.wait(WAIT_SLICE)
             if self._ready and not self._closed:
                 micro_batches = self._ready.popleft()
-                self._changed.notify_all()
+                if len(self._ready) <= self._depth // 2:  # one wake-up for half of what may be ready
+                    self._changed.notify_all()
                 return micro_batches
         self.close()
         if self._error is not None:
@@ -115,14 +121,19 @@ class BatchLoader:
         try:
             for step in self._steps:
                 with self._changed:
-                    self._changed.wait_for(lambda: len(self._ready) < PREFETCHED_STEPS or self._closed)
+                    if len(self._ready) >= self._depth:
+                        self._changed.wait_for(lambda: len(self._ready) <= self._depth // 2 or self._closed)
                     if self._closed:
                         return
                 micro_batches = self._load(step)
+                nbytes = sum(batch.inputs.nbytes + batch.targets.nbytes for batch in micro_batches)
                 with self._changed:
+                    fitting = PREFETCHED_BYTES // max(nbytes, 1)
+                    self._depth = max(MIN_PREFETCHED_STEPS, min(MAX_PREFETCHED_STEPS, fitting))
                     if not self._closed:
                         self._ready.append(micro_batches)
-                        self._changed.notify_all()
+                        if len(self._ready) == 1:  # only then can somebody be waiting
+                            self._changed.notify_all()
         except Exception as error:  # noqa: BLE001 - a thread's top: kept for the consumer, which raises it
             self._error = error
         finally:

@@ -219,7 +219,8 @@ class FaultyChannel:
         return self._inner.fileno()
 
     def wants(self, *, sending: bool) -> tuple[bool, bool]:
-        return self._inner.wants(sending=sending)
+        reads, writes = self._inner.wants(sending=sending)
+        return reads and not self._is_stalled(), writes
 
     def due(self) -> float | None:
         return self._held[0][0] if self._held else None
@@ -249,12 +250,18 @@ class FaultyChannel:
     def abort(self, error: SmolError) -> None:
         self._inner.abort(error)
 
+    def _is_stalled(self) -> bool:
+        return self._plan.stall_after_bytes is not None and self._received >= self._plan.stall_after_bytes
+
     def _fill(self) -> None:
         plan = self._plan
-        if self._end is not None or (plan.stall_after_bytes is not None and self._received >= plan.stall_after_bytes):
+        if self._end is not None or self._is_stalled():
             return
+        room = len(self._scratch)
+        for limit in (plan.cut_after_bytes, plan.stall_after_bytes):
+            room = room if limit is None else min(room, limit - self._received)
         try:
-            count = self._inner.try_recv_into(memoryview(self._scratch))
+            count = self._inner.try_recv_into(memoryview(self._scratch)[:room])
         except SmolError as error:
             self._end = error
             return
