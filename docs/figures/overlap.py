@@ -23,7 +23,7 @@ MEASURED, PICTURE = HERE / "overlap.json", HERE.parent / "images" / "overlap.svg
 
 RATE = "100mbit"
 RANKS, STEPS, WARM_UP = 2, 16, 4
-BATCH, TIME = 48, 128  # backward then takes about as long as the all-reduce on one core of a server
+BATCH, TIME = 40, 128  # backward then takes about as long as the all-reduce on one core of a server
 
 INK = "#707b89"  # reads on white and on black: the picture has no background of its own
 COLORS = {"forward": "#7aa6c2", "backward": "#2f6d9a", "all_reduce": "#e0782f", "comm_wait": "#b9c2cd"}

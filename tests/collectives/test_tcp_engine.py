@@ -630,6 +630,26 @@ def test_ragged_parts_may_be_scalars() -> None:
         assert [part.item() for part in parts] == [10.0 * src + rank for src in range(3)]
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_a_call_with_a_dtype_that_does_not_travel_counts_for_nothing(dtype: torch.dtype) -> None:
+    # It is a mistake of one rank on its own: the next calls of all ranks must still belong together.
+    def fn(comm: TcpCommunicator) -> None:
+        if comm.rank == 0:
+            wrong = torch.zeros(2).to(dtype)
+            for call in (
+                lambda: comm.broadcast(wrong),
+                lambda: comm.all_gather(torch.cat([wrong, wrong]), wrong),
+                lambda: comm.all_to_all(wrong.clone(), wrong),
+                lambda: comm.all_to_all_ragged([wrong, wrong]),
+                lambda: comm.send(wrong, 1, 0),
+            ):
+                with pytest.raises(ValueError, match="cannot be sent"):
+                    call()
+        comm.barrier(WAIT)
+
+    run_group(list(inproc_group(2)), fn)
+
+
 def test_recv_gives_back_the_very_tensor_it_was_given() -> None:
     def fn(comm: TcpCommunicator) -> None:
         sent = comm.send(torch.full((3,), 5.0), 1 - comm.rank, 0)

@@ -179,6 +179,19 @@ def test_groups_of_one_name_can_be_made_again() -> None:
     assert run_group(gloo_group(2), fn) == [[0, 2, 4]] * 2
 
 
+def test_a_communicator_left_open_is_ended_before_the_interpreter_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    comms = gloo_group(2)
+    pending = [comms[0].recv(1, 0), comms[1].all_reduce(torch.ones(3))]
+    assert len(at_exit) == 2
+    for end in at_exit:
+        end()
+    assert all(isinstance(work.exception(), SmolError) for work in pending)
+    assert set(threading.enumerate()) <= before
+
+
 def test_tags_that_are_not_used_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smolcluster.collectives.torch_lanes.MAX_KEPT_LANES", 4)
 

@@ -324,12 +324,12 @@ class TcpCommunicator:
             return collect() if collect is not None else None
 
         with self._order:
-            self._sequence += 1
             prelude = Prelude(
                 KIND_COLLECTIVE, operation, int(reduce or 0), dtype_code(like.dtype),
                 CODECS[codec.name] if codec else 0,
-                self.generation, 0, 0, self._sequence, count, 0,
+                self.generation, 0, 0, self._sequence + 1, count, 0,
             )  # fmt: skip
+            self._sequence += 1  # not before: a call that is refused here counts for nothing
             work = PendingWork(self._loop, prelude.describe, [tensor for _, tensor in restore])
             shapes = operation in frame.SHAPED
 

@@ -203,17 +203,15 @@ class TorchCommunicator:
         part, restore = self._stage(output)
 
         def run() -> list[Tensor]:
-            rows = whole.view(self.world_size, -1)
-            result = torch.empty_like(rows[self.rank])  # `output` may be a part of `input`
+            result = part.view(-1)  # may be a part of `whole`: gloo and NCCL allow it
             if codec is not None:
-                encoded = torch.stack([_encoded(row, codec) for row in rows])
+                encoded = torch.stack([_encoded(row, codec) for row in whole.view(self.world_size, -1)])
                 received = torch.empty_like(encoded)
                 wait(dist.all_to_all_single(received, encoded, group=self._group, async_op=True))
                 _reduce_encoded(result, received, op, codec)
             else:
                 reduce_scatter_flat(self._group, result, whole.view(-1), _torch_op(op))
                 finish_average(result, op, self.world_size)
-            part.view(-1).copy_(result)
             restore()
             return [output]
 

@@ -44,8 +44,8 @@ class InprocNetwork:
         return listener
 
     def dial_channel(self, address: str, hello: Hello, timeout: float) -> Channel:
-        ours, theirs = socket.socketpair()
         listener = self._find(address, timeout)
+        ours, theirs = socket.socketpair()
         far = self._wrap(listener.rank, hello, TcpChannel(theirs, f"rank {hello.rank}"))
         near = self._wrap(hello.rank, hello, TcpChannel(ours, address))
         listener.offer_channel(hello, far)
@@ -83,6 +83,9 @@ class InprocListener:
     def offer_channel(self, hello: Hello, channel: Channel) -> None:
         """Called by the dialling side."""
         with self._ready:
+            if self._closed:
+                channel.abort(ConnectionLost("the listener is closed"))
+                return
             self._channels[(hello.rank, hello.lane)] = channel
             self._ready.notify_all()
 
@@ -90,6 +93,9 @@ class InprocListener:
         """Called by the dialling side."""
         assert hello.lane == CONTROL
         with self._ready:
+            if self._closed:
+                link.close()
+                return
             self._links.append((hello, link))
             self._ready.notify_all()
 
