@@ -1,7 +1,7 @@
 """Writes the table of keys in docs/configuration.md from the schema.
 
-    python docs/generate_configuration.py            rewrites the part between the two marks
-    python docs/generate_configuration.py --check    exit code 1 if it is not what the schema says
+python docs/generate_configuration.py            rewrites the part between the two marks
+python docs/generate_configuration.py --check    exit code 1 if it is not what the schema says
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ _MARK = "†"
 
 
 def _value(path: tuple[str, ...]) -> str:
-    """What is accepted, in words. The alternatives of a closed list are enough, whatever else is said of them."""
-    return describe(type_at(path)).removeprefix("one of ")
+    """What is accepted, in words, without those that only an error message needs."""
+    return describe(type_at(path)).removeprefix("one of ").replace(" (in quotes)", "")
 
 
 def _is_later(path: tuple[str, ...]) -> bool:

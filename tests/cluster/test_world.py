@@ -144,6 +144,28 @@ def test_a_survivor_that_closes_first_is_not_taken_for_the_culprit() -> None:
 
 
 @KINDS
+def test_a_rank_that_closes_while_it_tells_the_others_is_not_taken_for_the_culprit(kind: str) -> None:
+    with formed(kind, 3) as worlds:
+        worlds[0]._links[2].on_close(lambda error: None)  # rank 0 itself does not notice that rank 2 died
+        link = worlds[1]._links[0]
+        send, sending = link.send, threading.Event()
+
+        def slowly(message: JsonObject) -> None:
+            if message["kind"] == "abort":
+                sending.set()
+                threading.Event().wait(0.2)
+            send(message)
+
+        link.send = slowly  # type: ignore[method-assign]
+        die(worlds[2])
+        assert sending.wait(DEADLINE)
+        worlds[1].close()  # as a thread does that saw the error meanwhile
+        (error,) = first_errors(worlds[:1], DEADLINE)
+        assert isinstance(error, PeerLost)
+        assert error.rank == 2
+
+
+@KINDS
 def test_a_broken_bulk_connection_waits_for_the_reason_and_then_blames_its_peer(kind: str) -> None:
     with formed(kind, 2) as worlds:
         start = time.monotonic()

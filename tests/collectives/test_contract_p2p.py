@@ -63,18 +63,22 @@ def test_recv_writes_into_the_tensor_it_was_given(run_ranks: RunRanks) -> None:
     [torch.zeros(5), torch.zeros(7), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.int32)],
     ids=["too small", "too large", "wider", "another kind"],
 )
-def test_recv_into_a_tensor_that_does_not_fit_raises_mismatch(run_ranks: RunRanks, out: torch.Tensor) -> None:
-    seen = threading.Event()
-
+def test_recv_into_a_tensor_that_does_not_fit_raises_mismatch_there_alone(
+    run_ranks: RunRanks, out: torch.Tensor
+) -> None:
     def fn(comm: Communicator) -> None:
         if comm.rank == 0:
-            comm.send(torch.ones(2, 3), 1, 4)
-            assert seen.wait(PATIENCE)
+            comm.send(torch.ones(2, 3), 1, 4).wait(PATIENCE)
         else:
             with pytest.raises(CollectiveMismatch, match="rank 0"):
                 comm.recv(0, 4, out).wait(PATIENCE)
             assert not bool(out.any())
-            seen.set()
+        # The message is gone, and everything else goes on.
+        comm.barrier(PATIENCE)
+        if comm.rank == 0:
+            comm.send(torch.ones(5), 1, 4).wait(PATIENCE)
+        else:
+            assert comm.recv(0, 4).result()[0].tolist() == [1.0] * 5
 
     run_ranks(2, fn)
 

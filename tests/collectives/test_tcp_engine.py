@@ -279,6 +279,27 @@ def test_abort_from_another_thread_wakes_the_waiter_that_drives_the_loop(backgro
         assert waiter.seconds[0] < 2
 
 
+def test_whoever_wakes_by_an_abort_and_closes_at_once_does_not_keep_the_error_from_the_others() -> None:
+    def fn(comm: TcpCommunicator) -> None:
+        try:
+            comm.recv(1 - comm.rank, 0).wait(WAIT)
+        finally:
+            comm.close()
+
+    with group(inproc_group, 2) as comms:
+        world = comms[0]._world
+        abort = world.abort
+
+        def slowly(error: SmolError) -> None:
+            threading.Event().wait(0.1)
+            abort(error)
+
+        world.abort = slowly  # type: ignore[method-assign]
+        ranks = OnThreads(comms, fn)
+        comms[0].abort(CollectiveMismatch("enough"))
+        assert [str(error) for error in ranks.outcomes()] == ["enough"] * 2
+
+
 def test_waiting_alone_makes_all_the_progress_that_is_needed(background: bool) -> None:
     assert run_group(list(inproc_group(3, plan=SMALL_PLAN)), lambda comm: len(everything(comm))) == [32] * 3
 
@@ -891,6 +912,30 @@ def test_a_failed_receive_leaves_the_device_tensor_alone() -> None:
         with pytest.raises(CollectiveMismatch, match="enough"):
             received.wait(WAIT)
         assert devices[0].read(out).tolist() == [7.0] * 3
+
+
+def gpu() -> str | None:
+    """The name of this machine's GPU, None if it has none."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(gpu() is None, reason="no GPU here")
+@pytest.mark.parametrize("name", DEVICE_CALLS)
+def test_a_gpu_and_a_cpu_may_be_ranks_of_one_group(name: str) -> None:
+    call, device = DEVICE_CALLS[name], gpu()
+    expected = run_group(list(inproc_group(3, plan=SMALL_PLAN)), lambda comm: call(comm, Tensor.clone))  # type: ignore[arg-type]
+
+    def fn(comm: TcpCommunicator) -> list[Tensor]:
+        results = call(comm, (lambda values: values.to(device)) if comm.rank == 0 else Tensor.clone)
+        assert {tensor.device.type for tensor in results} == {device if comm.rank == 0 else "cpu"}
+        return [tensor.cpu() for tensor in results]
+
+    with group(inproc_group, 3, plan=SMALL_PLAN) as comms:
+        for ours, theirs in zip(OnThreads(comms, fn).outcomes(), expected, strict=True):
+            assert [raw_bytes(tensor) for tensor in ours] == [raw_bytes(tensor) for tensor in theirs]
 
 
 def test_a_real_device_type_is_staged() -> None:

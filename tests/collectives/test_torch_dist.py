@@ -223,7 +223,7 @@ def test_closing_a_communicator_closes_the_groups_split_from_it() -> None:
 
 def test_without_comparing_the_calls_collectives_and_barriers_work() -> None:
     store = dist.HashStore()
-    arrived: list[int] = []
+    waited = threading.Event()
 
     def connect_and_run(rank: int, errors: list[BaseException]) -> None:
         try:
@@ -231,9 +231,13 @@ def test_without_comparing_the_calls_collectives_and_barriers_work() -> None:
             tensor = torch.ones(1000)
             comm.all_reduce(tensor).wait(PATIENCE)
             assert bool((tensor == 2).all())
-            arrived.append(rank)
-            comm.barrier(PATIENCE)
-            assert len(arrived) == 2
+            if rank == 0:
+                with pytest.raises(CollectiveTimeout):
+                    comm.barrier(0.05)
+                waited.set()
+            else:
+                assert waited.wait(PATIENCE)
+                comm.barrier(PATIENCE)
             assert comm.exchange(rank, PATIENCE) == [0, 1]
             output = torch.empty(3)
             comm.all_to_all(

@@ -59,7 +59,7 @@ def sources_for(folder: Path, levels: tuple[str, ...]) -> dict[str, Any]:
 
 EXPECTED = {
     "default": (None, "default"),
-    "preset": (8, "preset demo"),
+    "preset": (4, "preset demo"),
     "config": (102, "a.yaml:2"),
     "cluster": (103, "b.yaml:2"),
     "environment": (104, "environment SMOLCLUSTER__TRAINING__BATCH_SIZE"),

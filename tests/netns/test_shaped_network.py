@@ -57,30 +57,43 @@ def fast_network() -> Iterator[lab.Lab]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_most_of_the_all_reduce_lies_under_the_same_steps_backward_at_100_mbit(tmp_path: Path) -> None:
-    # 1.1 M parameters: 4.3 MB a step at world 2 are 0.36 s at 100 Mbit/s; the batch is chosen so that forward and
-    # backward take about as long on one core of this kind of machine.
+    # 1.1 M parameters: 4.3 MB a step at world 2 are 0.36 s at 100 Mbit/s.
     arguments = [
         "--algorithm", "classicdp", "--override", "data.dataset=pydoc", "--override", "data.tokenizer=bytes",
         "--override", "model.type=gpt", "--override", "model.model_dim=144", "--override", "model.num_layers=4",
         "--override", "model.num_heads=4", "--override", "model.ff_dim=576", "--override", "model.max_seq_len=128",
-        "--override", "model.dropout=0", "--override", "training.batch_size=14",
-        "--override", "training.eval_steps=1000", "--override", "cluster.bucket_bytes=524288", "--max-steps", "16",
+        "--override", "model.dropout=0", "--override", "training.eval_steps=1000", "--override", "cluster.bucket_bytes=524288", "--max-steps", "14",
     ]  # fmt: skip
+    # How long backward takes depends on the machine and on what else it does: the batch is adapted until backward is
+    # as long as the all-reduce, within 40 %. Then one attempt must hide 60 %.
+    batch, measured = 24, []
+    for attempt in range(5):
+        batch_size = ["--override", f"training.batch_size={batch}"]
+        reduced, backward, hidden = overlap(tmp_path / str(attempt), [*arguments, *batch_size])
+        measured.append((batch, reduced, backward, hidden))
+        if 0.7 <= backward / reduced <= 1.4 and hidden >= 0.6:
+            return
+        batch = max(2, min(150, round(batch * reduced / backward)))
+    pytest.fail(f"(batch, all-reduce s, backward s, part hidden): {measured}")
+
+
+def overlap(folder: Path, arguments: list[str]) -> tuple[float, float, float]:
+    """Per step: seconds of all-reduce and of backward, and the part of the first under the second; 100 Mbit/s."""
+    folder.mkdir()
     with lab.network(2, rate="100mbit") as hosts:
-        processes = start(hosts, tmp_path, arguments)
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        processes = start(hosts, folder, arguments)
+        outputs = [process.communicate(timeout=80)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    rows = [json.loads(line) for line in (tmp_path / "run0" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "run0" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] >= 3 and "time/all_reduce_s" in row]
     reduced, hidden = (sum(row[f"time/all_reduce{part}_s"] for row in steps) for part in ("", "_hidden"))
     backward = sum(row["time/backward_s"] for row in steps)
     per_step = f"all-reduce {reduced / len(steps):.3f} s, backward {backward / len(steps):.3f} s"
     print(f"{per_step}, hidden {hidden / reduced:.0%}")
-    assert reduced > 0.2 * len(steps), "the link was not the bottleneck: the measurement says nothing"
-    # Where backward is much shorter than the all-reduce nobody can hide 60 % of it.
-    assert hidden >= 0.6 * min(reduced, backward / 0.7)
+    assert reduced > 0.3 * len(steps), "faster than the link can be: the measurement says nothing"
+    return reduced / len(steps), backward / len(steps), hidden / reduced
 
 
 @pytest.mark.timeout(120)

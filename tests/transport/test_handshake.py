@@ -259,6 +259,27 @@ def test_a_listener_that_does_not_know_the_token_is_refused_by_the_dialler() -> 
         thread.join()
 
 
+def test_a_listener_that_hangs_once_is_tried_again(impatient: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        said: list[bytes] = []
+
+        def hang_once() -> None:
+            first, _ = server.accept()
+            second, _ = server.accept()
+            with first, second:
+                second.settimeout(PATIENCE)
+                said.append(second.recv(4))
+
+        thread = threading.Thread(target=hang_once, name="test-hang")
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(ConnectFailed):
+            TcpNetwork(TOKEN).dial_channel(f"tcp://127.0.0.1:{server.getsockname()[1]}", hello(), 3 * STRANGER_TIMEOUT)
+        assert time.monotonic() - start < 3 * STRANGER_TIMEOUT + 2
+        thread.join()
+        assert said == [b"SMOL"]
+
+
 def test_another_program_on_the_port_is_named_when_the_time_is_over() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         stop = threading.Event()

@@ -86,6 +86,7 @@ class World:
         self._lock = threading.RLock()
         self._error: SmolError | None = None
         self._left: set[int] = set()  # ranks that said good-bye: their closed links are no loss
+        self._told = threading.Event()  # the others have been sent the error that ended this world
         self._leaving = False
         self._on_failure: list[Callable[[SmolError], None]] = []
         self._handlers: dict[str, Callable[[int, JsonObject], None]] = {}
@@ -215,6 +216,7 @@ class World:
         for peer in self._links:
             if peer not in self.lost:
                 self.send(peer, "abort", message)
+        self._told.set()
         for fn in callbacks:
             fn(error)
         for peer in self.lost:  # last, because it may not read any more; one that lives must not blame somebody else
@@ -230,6 +232,8 @@ class World:
 
     def close(self) -> None:
         """Close all control links and the listener."""
+        if self._error is not None:
+            self._told.wait(self.patience)  # else the others would take this rank for the lost one
         with self._lock:
             self._leaving = True
             timers = list(self._suspects.values())

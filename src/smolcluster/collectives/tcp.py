@@ -267,8 +267,8 @@ class TcpCommunicator:
 
     def abort(self, error: SmolError) -> None:
         """Ends the run on every rank: they all fail with `error`, of the same class where they know it."""
+        self._world.abort(error)  # first: whoever wakes with the error here may close at once
         self._loop.fail(error)
-        self._world.abort(error)
 
     def close(self) -> None:
         self._loop.close()

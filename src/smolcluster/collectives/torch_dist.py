@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from smolcluster.collectives import checks
 from smolcluster.collectives.base import Codec, ReduceOp, Work
@@ -92,6 +91,8 @@ def init_torch_dist(
     """
     if not dist.is_available():
         raise ConfigError("this build of torch has no torch.distributed: use --backend tcp")
+    from torch.distributed.rendezvous import rendezvous  # not importable in such a build
+
     if min_ranks is not None and min_ranks < world_size:
         raise ConfigError(
             f"cluster.min_ranks is {min_ranks} of {world_size}, but torch.distributed ({backend}) cannot go on without "

@@ -129,8 +129,8 @@ def preset_text(name: str) -> str:
     names = preset_names()
     if name not in names:
         guess = nearest(name, names)
-        hint = f"nearest: {guess} " if guess else ""
-        raise ConfigError(f"unknown preset {name}; {hint}(all: smolcluster config list)")
+        hint = f"; nearest: {guess}" if guess else ""
+        raise ConfigError(f"unknown preset {name}{hint} (all: smolcluster config list)")
     return (resources.files("smolcluster.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,95 @@
+"""The examples run, alone and over two processes, and say the same."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import secrets
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smolcluster.config.hosts import members
+from smolcluster.config.load import check_file, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def run_here(example: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a script in this process, which has torch already; what it printed."""
+    runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def run_over_two_processes(example: str) -> list[str]:
+    """Run it as a launcher would, rank 1 first; what each rank printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SMOLCLUSTER_TOKEN": secrets.token_hex(32),
+        "PYTHONPATH": str(ROOT / "src"),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(EXAMPLES / example)],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
+    try:
+        outputs = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [out for out, _ in reversed(outputs)]
+
+
+def test_the_loop_by_hand_says_the_same_over_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = run_here("classicdp_by_hand.py", capsys)
+    losses = [float(line.split()[3]) for line in alone.splitlines() if line.startswith("step")]
+    assert len(losses) == 3
+    assert losses[2] < losses[0] - 0.05
+    leader, other = run_over_two_processes("classicdp_by_hand.py")
+    assert other == ""
+    # To the four digits that it prints.
+    assert leader == alone
+
+
+def test_the_custom_model_learns_what_it_shall(capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_here("custom_model.py", capsys)
+    percent = float(out.split("%")[0].split()[-1])
+    assert "100 steps, 3200 samples" in out
+    assert percent > 95  # one in six by chance
+
+
+def test_the_output_on_the_pages_is_the_examples_own(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = run_here("classicdp_by_hand.py", capsys)
+    assert alone in (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
+
+
+def test_the_cluster_file_names_three_ranks_in_order() -> None:
+    path = EXAMPLES / "cluster_three_terminals.yaml"
+    report = check_file(path)
+    assert (report.errors, report.warnings) == ((), ())
+    hosts = members(load_config("classicdp_gpt", (), [path], environ={}).config)
+    assert [(host.rank, host.name) for host in hosts] == [(0, "mini1"), (1, "mini2"), (2, "mini3")]
+    assert len({host.port for host in hosts}) == 3
