@@ -64,7 +64,8 @@ def test_most_of_the_all_reduce_lies_under_the_same_steps_backward_at_100_mbit(t
         "--algorithm", "classicdp", "--override", "data.dataset=pydoc", "--override", "data.tokenizer=bytes",
         "--override", "model.type=gpt", "--override", "model.model_dim=144", "--override", "model.num_layers=4",
         "--override", "model.num_heads=4", "--override", "model.ff_dim=576", "--override", "model.max_seq_len=128",
-        "--override", "model.dropout=0", "--override", "training.eval_steps=1000", "--override", "cluster.bucket_bytes=524288", "--max-steps", "14",
+        "--override", "model.dropout=0", "--override", "training.eval_steps=1000",
+        "--override", "cluster.bucket_bytes=524288", "--max-steps", "14",
     ]  # fmt: skip
     # How long backward takes depends on the machine and on what else it does: the batch is adapted until backward is
     # as long as the all-reduce, within 40 %. Then one attempt must hide 60 %.

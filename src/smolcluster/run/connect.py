@@ -117,14 +117,17 @@ def join_torch(
         rank: this rank.
         world_size: all ranks.
         init_method: `file://…`, `tcp://host:port` or `env://`: where the ranks find each other.
-        patience: seconds that decide how long joining may take.
+        patience: seconds that decide how long joining may take, and a collective: these backends have no heartbeats,
+            so a rank that hangs is told from one that computes only by a time that no step takes.
         min_ranks: `cluster.min_ranks`; fewer than world_size is refused.
 
     Raises:
         RendezvousTimeout: not all came in time.
     """
-    start_timeout = JOIN_PATIENCES * patience
-    return init_torch_dist(backend, rank, world_size, init_method, start_timeout=start_timeout, min_ranks=min_ranks)
+    limit = JOIN_PATIENCES * patience
+    return init_torch_dist(
+        backend, rank, world_size, init_method, timeout=limit, start_timeout=limit, min_ranks=min_ranks
+    )
 
 
 def join_launch(
