@@ -350,7 +350,7 @@ def test_a_failed_join_closes_the_listener(kind: str, rank: int) -> None:
 
 def test_a_refused_rank_leaves_nothing_open() -> None:
     with meeting("tcp", 2) as place:
-        leader = Attempt(lambda: place.join(0, timeout=1.0))
+        leader = Attempt(lambda: place.join(0, timeout=0.6))
         with pytest.raises(ConfigError):
             place.join(1, place.listen(1), world_size=3)
         with pytest.raises(RendezvousTimeout):
