@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from smolcluster.errors import AuthFailed, ConfigError, ConnectFailed, ConnectionLost, TransportError
+from smolcluster.errors import AuthFailed, ConfigError, ConnectFailed, ConnectionLost, PeerLost, TransportError
 from smolcluster.transport import security, tcp
 from smolcluster.transport.base import Hello
 from smolcluster.transport.security import Refused, Transcript
@@ -533,3 +533,21 @@ def test_a_bulk_connection_outlives_a_peer_that_reads_nothing_for_longer_than_th
         assert min(sent.values()) > 0
         near.abort(ConnectionLost("the test is over"))
         far.abort(ConnectionLost("the test is over"))
+
+
+def test_a_listener_of_another_run_is_believed_after_a_while(
+    listener: TcpListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "OTHER_RUN_TIMEOUT", 0.2)
+    began = time.monotonic()
+    with pytest.raises(AuthFailed, match="another run"):
+        TcpNetwork(TOKEN).dial_channel(listener.address, hello(run_id="run-6"), 60.0)
+    assert time.monotonic() - began < 10.0
+
+
+def test_dialling_ends_when_the_world_has_ended(listener: TcpListener) -> None:
+    address = listener.address
+    listener.close()
+    ended = PeerLost("rank 3 is lost", 3)
+    with pytest.raises(PeerLost):
+        TcpNetwork(TOKEN).dial_channel(address, hello(), 60.0, lambda: ended)

@@ -60,6 +60,8 @@ def save_weights(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: J
             _write_and_rename(folder, target, step, tensors, meta)
         _replace_text(folder / LATEST, target.name + "\n")
     except (OSError, SafetensorError) as exc:
+        with contextlib.suppress(OSError):
+            _remove_unfinished(folder)  # on a full disk every byte counts
         raise TrainingStopped(
             f"the checkpoint of step {step} cannot be written to {folder} ({getattr(exc, 'strerror', None) or exc}). "
             "Free some space, or give --out a folder on another disk; earlier checkpoints are whole"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 
 from smolcluster.cluster.heartbeat import Heartbeat
-from smolcluster.cluster.world import Member, View, World, wait_until
+from smolcluster.cluster.world import Member, View, World, refuse, wait_until
 from smolcluster.errors import ConfigError, ConnectFailed, FrameError, PeerLost, RendezvousTimeout, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.transport.base import ControlLink, Hello, Listener, Network
@@ -97,30 +97,19 @@ def join_world(
             view, links = _follow(me, world_size, network, leader_address, run_id, deadline, timeout, wanted)
         undo.callback(_close_all, links)
         listener.allow_run(view.run_id)
-        try:
-            for lower in range(1, rank):
-                hello = Hello(rank, CONTROL, view.run_id)
-                links[lower] = network.dial_control(view.members[lower].address, hello, wait_until(deadline))
-            if rank != LEADER:
-                _accept_higher(rank, view, links, listener, deadline)
-        except ConnectFailed as error:
+        undo.pop_all()
+    # From here on this rank beats and listens, also while the ranks look for each other: a death is noticed at once.
+    world = JoinedWorld(rank, view, links, listener, network, patience)
+    try:
+        world.link_all(wait_until(deadline))
+    except SmolError as error:
+        world.close()
+        if isinstance(error, ConnectFailed):
             raise RendezvousTimeout(
                 f"rank {rank} and the other ranks could not all reach each other: {error}"
             ) from error
-        undo.pop_all()
-    return JoinedWorld(rank, view, links, listener, network, patience)
-
-
-def _accept_higher(rank: int, view: View, links: dict[int, ControlLink], listener: Listener, deadline: float) -> None:
-    """Add the control link of every higher rank to `links`."""
-    missing = set(range(rank + 1, len(view.members)))
-    while missing:
-        hello, link = listener.accept_control(wait_until(deadline))
-        if hello.run_id == view.run_id and hello.rank in missing:
-            missing.remove(hello.rank)
-            links[hello.rank] = link
-        else:
-            _refuse(link, f"this is rank {rank}, not rank 0: start every machine with the address of rank 0")
+        raise
+    return world
 
 
 class _Lobby:
@@ -158,7 +147,7 @@ class _Lobby:
             self.members[hello.rank], self.links[hello.rank] = member, link
             logger.info("rank joined rank=%d name=%s address=%s", member.rank, member.name, member.address)
             return
-        _refuse(link, refusal or "its join message is missing")
+        refuse(link, refusal or "its join message is missing")
 
     def _refusal(self, hello: Hello, message: JsonObject) -> str | None:
         match message:
@@ -211,18 +200,11 @@ class _Doorkeeper:
             name: object = None
             with contextlib.suppress(SmolError):
                 name = (link.receive(timeout=1.0) or {}).get("name")
-            _refuse(
+            refuse(
                 link,
                 f"the run of {self._world_size} ranks has begun already; is {name!r} started twice, or is rank 0 still "
                 "in an earlier run?",
             )
-
-
-def _refuse(link: ControlLink, reason: str) -> None:
-    logger.warning("rank refused reason=%s", reason)
-    with contextlib.suppress(SmolError):
-        link.send({"kind": "refused", "reason": reason})
-    link.close()
 
 
 def _difference(name: str, theirs: JsonObject, ours: dict[str, str]) -> str | None:

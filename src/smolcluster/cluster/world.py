@@ -7,6 +7,7 @@ culprit instead of the neighbour that gave up first.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -18,6 +19,7 @@ from smolcluster import errors
 from smolcluster.errors import ConnectFailed, ConnectionLost, PeerLost, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.transport.base import Channel, ControlLink, Hello, Listener, Network
+from smolcluster.transport.tcp import CONTROL
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,8 @@ MAX_EARLY = 1000
 MAX_EARLY_KINDS = 16
 # What an "abort" says at most: it must fit into a control message, whatever the error's text is.
 MAX_TEXT = 10_000
-# How long one attempt to open a bulk connection lasts before the loss of its peer is looked for.
-OPEN_SLICE = 5.0
+# Seconds between looks whether the world has ended while a connection is awaited.
+OPEN_SLICE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +117,56 @@ class World:
             ConnectFailed: not connected within `timeout` seconds.
             PeerLost: a rank was lost meanwhile; or whatever else ended this world.
         """
-        hello = Hello(self.rank, lane, self._view.run_id)
+        if peer < self.rank:
+            hello = Hello(self.rank, lane, self._view.run_id)
+            return self._network.dial_channel(self._view.members[peer].address, hello, timeout, self.error)
         deadline = time.monotonic() + timeout
         while True:
             if self._error is not None:
                 raise self._error
-            attempt = min(OPEN_SLICE, wait_until(deadline))
             try:
-                if peer > self.rank:
-                    return self._listener.accept_channel(peer, lane, attempt)
-                return self._network.dial_channel(self._view.members[peer].address, hello, attempt)
+                return self._listener.accept_channel(peer, lane, min(OPEN_SLICE, wait_until(deadline)))
             except ConnectFailed:
                 if time.monotonic() >= deadline:
                     raise
 
+    def link_all(self, timeout: float) -> None:
+        """Open a control link to every rank that has none yet: the higher rank dials. Blocks.
+
+        Raises:
+            ConnectFailed: not all are linked within `timeout` seconds.
+            PeerLost: a rank was lost meanwhile; or whatever else ended this world.
+        """
+        deadline = time.monotonic() + timeout
+        hello = Hello(self.rank, CONTROL, self._view.run_id)
+        for lower in sorted(set(range(self.rank)) - self._links.keys()):
+            address = self._view.members[lower].address
+            self._add_link(lower, self._network.dial_control(address, hello, wait_until(deadline), self.error))
+        while missing := set(range(self.rank + 1, self.world_size)) - self._links.keys():
+            if self._error is not None:
+                raise self._error
+            try:
+                who, link = self._listener.accept_control(min(OPEN_SLICE, wait_until(deadline)))
+            except ConnectFailed:
+                if time.monotonic() >= deadline:
+                    raise
+                continue
+            if who.run_id == self._view.run_id and who.rank in missing:
+                self._add_link(who.rank, link)
+            else:
+                refuse(link, f"this is rank {self.rank}, not rank 0: start every machine with the address of rank 0")
+
+    def _add_link(self, peer: int, link: ControlLink) -> None:
+        with self._lock:
+            self._links[peer] = link
+        self._attach(peer, link)
+
     def send(self, rank: int, kind: str, payload: JsonObject) -> None:
         """Send a control message to another rank. A lost receiver is noticed elsewhere, so nothing is raised."""
+        link = self._links.get(rank)  # None: not linked yet; it will hear of what matters from rank 0
         try:
-            self._links[rank].send({"kind": kind, **payload})
+            if link is not None:
+                link.send({"kind": kind, **payload})
         except ConnectionLost as error:
             logger.debug("control message not sent to=%d kind=%s reason=%s", rank, kind, error)
 
@@ -170,9 +204,15 @@ class World:
         If it turns out that the peer left as planned, nobody is lost: `on_left(error)` fails what still needs it.
         """
         with self._lock:
-            if self._error is not None or self._leaving:
+            if self._error is not None:
                 return
-            self._on_left.setdefault(peer, []).append(on_left)
+            leaving = self._leaving
+            if not leaving:
+                self._on_left.setdefault(peer, []).append(on_left)
+        if leaving:  # this rank itself has ended the run, and nobody judges any more
+            on_left(PeerLost(f"{self.name(peer)} is gone, and this rank has left the run: {reason}", peer))
+            return
+        with self._lock:
             if peer in self._suspects:
                 return
             timer = threading.Timer(GRACE, self._judge, (peer, reason))
@@ -213,7 +253,7 @@ class World:
         message: JsonObject = {"error": type(error).__name__, "text": str(error)[:MAX_TEXT]}
         if isinstance(error, PeerLost):
             message["lost"] = error.rank
-        for peer in self._links:
+        for peer in list(self._links):
             if peer not in self.lost:
                 self.send(peer, "abort", message)
         self._told.set()
@@ -227,7 +267,7 @@ class World:
         """Say good-bye, so that closing is not taken for a loss. Call when nothing is under way any more."""
         with self._lock:
             self._leaving = True
-        for peer in self._links:
+        for peer in list(self._links):
             self.send(peer, "leave", {})
 
     def close(self) -> None:
@@ -242,7 +282,7 @@ class World:
             if timer is not threading.current_thread():
                 timer.join(timeout=2.0)
         self._listener.close()
-        for link in self._links.values():
+        for link in list(self._links.values()):
             link.close()
 
     def _attach(self, peer: int, link: ControlLink) -> None:
@@ -290,6 +330,14 @@ class World:
 
 def _ending(error: SmolError) -> str:
     return "died or closed its connections" if isinstance(error, ConnectionLost) else str(error)
+
+
+def refuse(link: ControlLink, reason: str) -> None:
+    """Tell a rank why it is not let in, and close."""
+    logger.warning("rank refused reason=%s", reason)
+    with contextlib.suppress(SmolError):
+        link.send({"kind": "refused", "reason": reason[:MAX_TEXT]})
+    link.close()
 
 
 def wait_until(deadline: float) -> float:

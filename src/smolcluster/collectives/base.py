@@ -70,7 +70,10 @@ class Work(Protocol):
         ...
 
     def add_done_callback(self, fn: Callable[[Work], None]) -> None:
-        """Call `fn(work)` when done, on whichever thread finishes it; at once if it is done already."""
+        """Call `fn(work)` when done, on whichever thread finishes it; at once if it is done already.
+
+        `fn` must not wait for another Work: it may be running on the thread that would finish that one.
+        """
         ...
 
 

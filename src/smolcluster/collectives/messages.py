@@ -40,7 +40,10 @@ class MessageBox:
         posted = _Posted(work, out)
         unclaimed = self._unclaimed.get((src, tag))
         if unclaimed:
-            self._deliver(posted, unclaimed.popleft(), src, tag)
+            message = unclaimed.popleft()
+            if not unclaimed:  # tags are often used once: do not keep an empty queue of each
+                del self._unclaimed[(src, tag)]
+            self._deliver(posted, message, src, tag)
             return
         if (left := self._loop.departed(src)) is not None:
             self._loop.finish(work, left)

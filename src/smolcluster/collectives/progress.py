@@ -59,7 +59,6 @@ class Call:
         self.begin = begin
         self.window = window
         self.on_success = on_success
-        self.started = 0.0
         self.begun = 0
         self.running: dict[int, Steps] = {}
         self.waiting: dict[int, int] = {}  # piece -> arrivals that it still waits for
@@ -117,10 +116,6 @@ class ProgressLoop:
     def enqueue_call(self, call: Call) -> None:
         """Queue a collective. On the driving thread."""
         self._calls.append(call)
-
-    def expect_more(self) -> None:
-        """Tell the loop that a frame which had to wait may be expected now. On the driving thread."""
-        self._posted = True
 
     def finish(self, work: PendingWork, error: SmolError | None = None, results: list[Tensor] | None = None) -> None:
         """Mark a work done. On the driving thread."""
@@ -248,6 +243,9 @@ class ProgressLoop:
                 unexpected.__cause__ = exc
                 self.fail(unexpected)
                 return
+            except BaseException:  # Ctrl-C in the middle of a frame: what follows on that connection has no beginning
+                self.fail(SmolError("the communicator was interrupted while bytes were under way"))
+                raise
             spins = 0 if moved else spins + 1
 
     def _sleep_seconds(self, deadline: float | None) -> float:
@@ -311,7 +309,6 @@ class ProgressLoop:
                     self.finish(self._calls.popleft().work, next(iter(self._departed.values())))
                     continue
                 self._current = self._calls.popleft()
-                self._current.started = time.monotonic()
             call = self._current
             while call.begun < call.pieces and len(call.running) < call.window:
                 piece = call.begun
@@ -402,8 +399,7 @@ class ProgressLoop:
         """See Receiver."""
         call = self._current
         assert call is not None
-        arrival = call.posted.pop((lane.peer, prelude.tag))
-        arrival.arrived = True
+        del call.posted[(lane.peer, prelude.tag)]
         call.waiting[prelude.tag] -= 1
         if call.waiting[prelude.tag] == 0:
             self._step(call, prelude.tag)

@@ -87,6 +87,7 @@ class TcpCommunicator:
         self._owns_world = ranks is None
         self._plan = plan or Plan()
         self._staging = staging or DeviceStaging()
+        self._split_names: set[str] = set()
         self._order = threading.Lock()  # sequence numbers are given out in the order of submission
         self._sequence = 0
         self._loop = ProgressLoop(f"{name} rank {self.rank}", self.telemetry, self._broken)
@@ -245,9 +246,13 @@ class TcpCommunicator:
             inner = PendingWork(self._loop, lambda: f"recv from rank {src} tag {tag}", [])
 
             def restore(done: object) -> None:
-                if inner.exception() is None:
-                    self._staging.from_host(host, out.detach())
-                work.finish(inner.exception(), [out])
+                error = inner.exception()
+                try:
+                    if error is None:
+                        self._staging.from_host(host, out.detach())
+                except RuntimeError as exc:  # what torch raises for a device: this receive fails, not the loop
+                    error = SmolError(f"a received tensor could not be copied to {out.device}: {exc}")
+                work.finish(error, [out])
 
             inner.add_done_callback(restore)
         self._loop.submit(inner, lambda: self._box.post(src, tag, inner, host))
@@ -260,6 +265,9 @@ class TcpCommunicator:
         if self.rank not in group:
             return None
         members = [self._members[rank] for rank in group]
+        if name in self._split_names:
+            raise ValueError(f"split: this communicator has been split as {name!r} already; take another name")
+        self._split_names.add(name)
         return TcpCommunicator(
             self._world, ranks=members, name=f"{self._name}/{name}", plan=self._plan, staging=self._staging,
             telemetry=self.telemetry,

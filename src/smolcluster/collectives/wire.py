@@ -24,13 +24,12 @@ from smolcluster.collectives.base import ReduceOp
 class Arrival:
     """A payload that is expected from one rank, received straight into `into` (flat, contiguous, CPU)."""
 
-    __slots__ = ("arrived", "hop", "into", "src")
+    __slots__ = ("hop", "into", "src")
 
     def __init__(self, src: int, into: Tensor | None, hop: int) -> None:
         self.src = src
         self.into = into  # None: allocated from the frame's own shape
         self.hop = hop
-        self.arrived = False
 
 
 Steps = Generator[Sequence[Arrival], None, None]

@@ -341,7 +341,7 @@ class ClusterConfig(Section):
     """edp, syncps: steps between a worker's pulls of the server's weights."""
     timeout: Positive | None = None
     """syncps: seconds after the first push of a step when it closes without the stragglers. null: wait for all."""
-    patience: Positive = 5.0
+    patience: Annotated[float, Field(ge=0.1)] = 5.0
     """Seconds until a silent peer counts as lost. Every other network timeout derives from it."""
     min_ranks: PositiveInt | None = None
     """Fewest ranks to go on with after a loss. null: all ranks; for syncps and edp 2, the server and one worker."""

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from smolcluster.errors import SmolError
 from smolcluster.kinds import JsonObject
+
+# Asked between attempts: the reason to give up, None to go on.
+Ended: TypeAlias = "Callable[[], SmolError | None]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +137,16 @@ class Listener(Protocol):
 class Network(Protocol):
     """How a process reaches others; one per address scheme."""
 
-    def dial_channel(self, address: str, hello: Hello, timeout: float) -> Channel:
-        """Connect and authenticate a bulk channel, trying again until `timeout` seconds.
+    def dial_channel(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> Channel:
+        """Connect and authenticate a bulk channel, trying again until `timeout` seconds or `ended()` says why not.
 
         Raises:
             ConnectFailed: nobody answered in time.
             AuthFailed: wrong token, version or run.
+            SmolError: what `ended` returned.
         """
         ...
 
-    def dial_control(self, address: str, hello: Hello, timeout: float) -> ControlLink:
+    def dial_control(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> ControlLink:
         """Connect and authenticate a control link; as `dial_channel`."""
         ...

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from smolcluster.errors import ConnectFailed, ConnectionLost, SmolError
 from smolcluster.kinds import JsonObject
-from smolcluster.transport.base import Channel, ControlLink, Hello
+from smolcluster.transport.base import Channel, ControlLink, Ended, Hello
 from smolcluster.transport.tcp import CONTROL, TcpChannel
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class InprocNetwork:
             self._lock.notify_all()
         return listener
 
-    def dial_channel(self, address: str, hello: Hello, timeout: float) -> Channel:
+    def dial_channel(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> Channel:
         listener = self._find(address, timeout)
         ours, theirs = socket.socketpair()
         far = self._wrap(listener.rank, hello, TcpChannel(theirs, f"rank {hello.rank}"))
@@ -51,7 +51,7 @@ class InprocNetwork:
         listener.offer_channel(hello, far)
         return near
 
-    def dial_control(self, address: str, hello: Hello, timeout: float) -> ControlLink:
+    def dial_control(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> ControlLink:
         near, far = InprocControlLink.pair()
         self._find(address, timeout).offer_control(hello, far)
         return near

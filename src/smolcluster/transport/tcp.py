@@ -25,13 +25,15 @@ from smolcluster.errors import (
 )
 from smolcluster.kinds import JsonObject
 from smolcluster.transport import messages, security
-from smolcluster.transport.base import Channel, ControlLink, Hello
+from smolcluster.transport.base import Channel, ControlLink, Ended, Hello
 from smolcluster.transport.security import REFUSED_RUN, Refused, Transcript
 
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT = 5.0  # seconds a stranger may hold a connection before it is authenticated (CONTRACT section 3)
 MAX_UNAUTHENTICATED = 64
+# Seconds that a listener may refuse our run before we believe it: it may not have heard of the run yet.
+OTHER_RUN_TIMEOUT = 5.0
 CONTROL = "control"
 Argument = TypeVar("Argument")
 # Linux takes at most 1024 buffers in one sendmsg; more than 64 frames at once brings nothing.
@@ -217,8 +219,7 @@ class TcpControlLink:
     def _fill(self, count: int, deadline: float) -> bool:
         while len(self._partial) < count:
             try:
-                readable, _, _ = select.select([self._sock], [], [], max(0.0, deadline - time.monotonic()))
-                if not readable:
+                if not _readable(self._sock, max(0.0, deadline - time.monotonic())):
                     return False
                 piece = self._sock.recv(count - len(self._partial))
             except (OSError, ValueError) as exc:  # ValueError: closed by another thread meanwhile
@@ -255,7 +256,7 @@ class TcpListener:
             self._sock.close()
             raise ConfigError(
                 f"cannot listen on {format_address(host, port)} ({exc.strerror or exc}). Use an address of this "
-                "machine and a free port"
+                "machine and a free port, and look whether this rank is started already"
             ) from exc
         self.address = format_address(host, self._sock.getsockname()[1])
         self._sock.settimeout(0.5)
@@ -392,18 +393,18 @@ class TcpNetwork:
         self._token = token
         self._options = options or TcpOptions()
 
-    def dial_channel(self, address: str, hello: Hello, timeout: float) -> Channel:
+    def dial_channel(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> Channel:
         """Connect and authenticate, trying again until `timeout`; see `dial`."""
-        sock, _ = self._dial(address, hello, timeout)
+        sock, _ = self._dial(address, hello, timeout, ended)
         return TcpChannel(sock, address)
 
-    def dial_control(self, address: str, hello: Hello, timeout: float) -> ControlLink:
+    def dial_control(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> ControlLink:
         """Connect and authenticate, trying again until `timeout`; see `dial`."""
-        sock, key = self._dial(address, hello, timeout)
+        sock, key = self._dial(address, hello, timeout, ended)
         return TcpControlLink(sock, key, is_dialler=True, address=address, patience=self._options.patience)
 
-    def _dial(self, address: str, hello: Hello, timeout: float) -> tuple[socket.socket, bytes]:
-        return dial(address, hello, self._token, timeout, self._options)
+    def _dial(self, address: str, hello: Hello, timeout: float, ended: Ended | None) -> tuple[socket.socket, bytes]:
+        return dial(address, hello, self._token, timeout, self._options, ended)
 
 
 def listen(host: str, port: int, *, token: bytes, run_id: str, options: TcpOptions | None = None) -> TcpListener:
@@ -415,10 +416,13 @@ def listen(host: str, port: int, *, token: bytes, run_id: str, options: TcpOptio
     return TcpListener(host, port, token, run_id, options or TcpOptions())
 
 
-def dial(address: str, hello: Hello, token: bytes, timeout: float, options: TcpOptions) -> tuple[socket.socket, bytes]:
+def dial(
+    address: str, hello: Hello, token: bytes, timeout: float, options: TcpOptions, ended: Ended | None = None
+) -> tuple[socket.socket, bytes]:
     """Connect to a listener and authenticate both ways.
 
-    Tries again, with growing pauses and jitter, while nobody listens there or the listener does not know the run yet.
+    Tries again, with growing pauses and jitter, while nobody listens there or the listener does not know the run yet,
+    and `ended()` gives no reason to stop.
 
     Returns:
         (connected socket, session key for control messages).
@@ -428,12 +432,18 @@ def dial(address: str, hello: Hello, token: bytes, timeout: float, options: TcpO
         AuthFailed: wrong token, protocol version or run.
     """
     deadline = time.monotonic() + timeout
+    other_run_deadline: float | None = None
     pause = 0.02
     while True:
+        if ended is not None and (reason := ended()) is not None:
+            raise reason
         try:
             return _dial_once(address, hello, token, deadline, options)
         except Refused as refused:
-            if refused.reason != REFUSED_RUN or time.monotonic() + pause >= deadline:
+            if refused.reason != REFUSED_RUN:
+                raise
+            other_run_deadline = other_run_deadline or min(deadline, time.monotonic() + OTHER_RUN_TIMEOUT)
+            if time.monotonic() + pause >= other_run_deadline:
                 raise
         except AuthFailed:
             raise
@@ -501,6 +511,14 @@ class _Deadline:
             raise ConnectionLost(f"{self._address} did not finish the handshake in time") from exc
         except OSError as exc:
             raise ConnectionLost(f"{self._address} {_reason(exc)}") from exc
+
+
+def _readable(sock: socket.socket, seconds: float) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([sock], [], [], seconds)[0])
+    poll = select.poll()  # knows descriptors above 1023, which a server with many clients has
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def _set_buffers(sock: socket.socket, options: TcpOptions) -> None:
