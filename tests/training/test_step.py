@@ -195,12 +195,27 @@ def test_an_overflow_is_passed_over_while_a_smaller_scale_can_help() -> None:
 
 
 def test_evaluation_sums_add_up() -> None:
-    assert EvalSums(1.5, 2, 1) + EvalSums(0.5, 3, 0) == EvalSums(2.0, 5, 1)
+    assert EvalSums(1.5, 2, 1, 2) + EvalSums(0.5, 3, 0, 1) == EvalSums(2.0, 5, 1, 3)
+
+
+class _Echo(nn.Module):
+    """Predicts that the next token is the present one."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(tokens, 4).float()
+
+
+def test_where_some_targets_are_graded_a_sample_is_right_if_all_of_them_are() -> None:
+    inputs = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 3]])
+    targets = torch.tensor([[0, 2, 3], [1, 2, 0], [1, 2, 3]])
+    graded = torch.tensor([[False, True, True], [False, True, True], [False, False, False]])
+    sums = evaluate_batch(_Echo(), Batch(inputs, targets, graded=graded))
+    assert (sums.count, sums.correct, sums.graded) == (9, 1, 2)
 
 
 def test_evaluation_of_no_samples_is_zero_and_dropout_is_off() -> None:
     model = nn.Sequential(nn.Dropout(0.9), SimpleNN(12, 9, 5))
-    assert evaluate_batch(model, classes(0)) == EvalSums(0.0, 0, 0)
+    assert evaluate_batch(model, classes(0)) == EvalSums(0.0, 0, 0, 0)
     batch = classes(4)
     assert evaluate_batch(model, batch) == evaluate_batch(model, batch)
     assert model.training

@@ -216,6 +216,9 @@ class DataConfig(Section):
     Hugging Face id. Not set: mnist, for language models wikitext2."""
     path: str | None = None
     """File (or folder) that the data is read from, relative to the working directory. Needed for `text`."""
+    text_column: str | None = None
+    """Column (JSON key) that holds the text, for Hugging Face datasets and for jsonl and parquet files. null: `text`,
+    else the only column of texts."""
     train_split: str = "train"
     """Name of the split that is trained on."""
     tokenizer: str = "bytes"

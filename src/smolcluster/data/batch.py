@@ -19,11 +19,14 @@ class Batch:
         targets: (B,) or (B, T) int64; NO_TARGET where nothing is to be predicted.
         planned_count: how many targets the whole step has, over all ranks and micro-batches, as the sampler plans
             it. The same number on every rank. 0: unknown; the step then scales by what it counts.
+        graded: (B, T) bool, only for evaluation: the targets that the accuracy is about. A sample counts as correct
+            when all of its graded targets are. None: every target is graded on its own.
     """
 
     inputs: Tensor
     targets: Tensor
     planned_count: int = 0
+    graded: Tensor | None = None
 
     @property
     def samples(self) -> int:

@@ -55,14 +55,27 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EvalSums:
-    """Sums over evaluation targets: exact on ragged ends, to be added over batches and ranks."""
+    """Sums over evaluation targets: exact on ragged ends, to be added over batches and ranks.
+
+    Attributes:
+        loss_sum: over all targets.
+        count: targets.
+        correct: answers that are right.
+        graded: answers; the targets, or the samples where Batch.graded says which targets are the answer.
+    """
 
     loss_sum: float
     count: int
     correct: int
+    graded: int
 
     def __add__(self, other: EvalSums) -> EvalSums:
-        return EvalSums(self.loss_sum + other.loss_sum, self.count + other.count, self.correct + other.correct)
+        return EvalSums(
+            self.loss_sum + other.loss_sum,
+            self.count + other.count,
+            self.correct + other.correct,
+            self.graded + other.graded,
+        )
 
 
 def prepare_model(model: nn.Module, precision: Precision, device: torch.device | str) -> nn.Module:
@@ -155,9 +168,9 @@ def forward_backward(
 def evaluate_batch(
     model: nn.Module, batch: Batch, precision: Precision = "fp32", device: torch.device | str = "cpu"
 ) -> EvalSums:
-    """Loss sum, target count and correct predictions of one batch; leaves the model as it found it. Blocks."""
+    """Loss sum, target count and right answers of one batch; leaves the model as it found it. Blocks."""
     if not batch.samples:
-        return EvalSums(0.0, 0, 0)
+        return EvalSums(0.0, 0, 0, 0)
     was_training = model.training
     model.eval()
     try:
@@ -166,8 +179,13 @@ def evaluate_batch(
     finally:
         model.train(was_training)
     # NO_TARGET is never an argmax, so what is not to be predicted cannot be correct.
-    correct = torch.count_nonzero(logits.argmax(dim=-1) == targets)
-    return EvalSums(float(loss), count_targets([batch]), int(correct))
+    hits = logits.argmax(dim=-1) == targets
+    count = count_targets([batch])
+    if batch.graded is None:
+        return EvalSums(float(loss), count, int(torch.count_nonzero(hits)), count)
+    graded = batch.graded.to(hits.device)
+    is_right = (hits.view(graded.shape) | ~graded).all(dim=1) & graded.any(dim=1)
+    return EvalSums(float(loss), count, int(is_right.sum()), int(graded.any(dim=1).sum()))
 
 
 def _summed_loss(

@@ -58,7 +58,7 @@ class TrainResult:
         train_s: the part of it that steps and the wait for batches took: without evaluations and checkpoints.
         train_loss: loss of the last step.
         val_loss: mean loss over the validation split, at the last evaluation.
-        val_accuracy: part of its targets that were predicted correctly.
+        val_accuracy: part of its answers that were right: of its targets, or of its samples where it says so.
         val_perplexity: exp(val_loss).
         stopped: True if somebody asked to stop before the last step.
     """
@@ -252,13 +252,13 @@ class _Run:
     def _evaluate(self) -> JsonObject:
         """Evaluate this rank's part and add the sums up over all ranks, exactly."""
         assert self._trainer._eval_batches is not None
-        sums = EvalSums(0.0, 0, 0)
+        sums = EvalSums(0.0, 0, 0, 0)
         for batch in self._trainer._eval_batches():
             sums = sums + self._strategy.eval_step(batch)
         if self._comm is not None:
-            total = torch.tensor([sums.loss_sum, sums.count, sums.correct], dtype=torch.float64)
+            total = torch.tensor([sums.loss_sum, sums.count, sums.correct, sums.graded], dtype=torch.float64)
             self._comm.all_reduce(total).wait()
-            sums = EvalSums(float(total[0]), round(float(total[1])), round(float(total[2])))
+            sums = EvalSums(float(total[0]), *(round(number) for number in total[1:].tolist()))
         self._timing.collect()
         self._timing.skip_bytes()
         self._eval, self._evaluated_at = sums, self._done
@@ -338,7 +338,7 @@ def _eval_numbers(sums: EvalSums | None) -> tuple[float | None, float | None, fl
         return None, None, None
     loss = sums.loss_sum / sums.count
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows at 710
-    return _json_number(loss), sums.correct / sums.count, _json_number(perplexity)
+    return _json_number(loss), sums.correct / max(sums.graded, 1), _json_number(perplexity)
 
 
 def _json_number(value: float) -> float | None:
