@@ -27,7 +27,7 @@ from smolcluster.algorithms.single import Single
 from smolcluster.collectives.local import LocalGroup
 from smolcluster.data.batch import Batch
 from smolcluster.data.datasets import ClassesDataset, Dataset, TextDataset
-from smolcluster.data.loader import BatchLoader
+from smolcluster.data.loader import BatchLoader, sampled_steps
 from smolcluster.data.sampler import Sampler
 from smolcluster.device import prepare_process
 from smolcluster.kinds import JsonObject
@@ -101,7 +101,8 @@ def trainer_loop(name: str, steps: int, make: Callable[[nn.Module, Any], Any]) -
     data, model = dataset(name), build(name)
     sampler = Sampler(len(data), BATCH[name], 0, 1)
     with tempfile.TemporaryDirectory() as folder, Rows(Path(folder) / "metrics.jsonl") as metrics:
-        loader = BatchLoader(data, sampler, 0, max_steps=steps)
+        steps_of_rank = sampled_steps(data, sampler, 0, max_steps=steps)
+        loader = BatchLoader(steps_of_rank, {"step": 0}, 0, sampler.global_batch)
         trainer = Trainer(make(model, optimizer_factory("adamw", 1e-3, 0.01)), loader, steps)
         start = time.perf_counter()
         trainer.run(metrics, None)

@@ -2,6 +2,9 @@
 
 One `Telemetry` belongs to one communicator (and so to one rank). Spans are (name, start, end, step) on the
 monotonic clock; whoever reports drains them, and of what nobody drains the newest are kept.
+
+While `Telemetry.trace` is set, the same spans are also kept there, with the row of the picture that they belong to and
+details. Some are made for the picture alone: what nobody drains costs nothing while no trace is recorded.
 """
 
 from __future__ import annotations
@@ -9,12 +12,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Some hundred steps: a script that trains without the trainer never drains them.
 MAX_SPANS = 10_000
+# About 400 bytes each in memory, 200 in the file: 10 000 steps of a small model.
+MAX_TRACE_EVENTS = 500_000
+
+# Rows of a trace: what the training thread does, the buckets on their way, what the loader's thread does.
+COMPUTE = "compute"
+ALL_REDUCE = "all-reduce"
+LOADER = "loader"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +38,56 @@ class Span:
     step: int
 
 
+class TraceEvent(NamedTuple):
+    """A span of a trace. Those of one track never overlap in part: one ends before the other begins, or lies in it."""
+
+    track: str
+    name: str
+    start: float
+    end: float
+    details: Mapping[str, int | str]
+
+
+class TraceRecorder:
+    """Keeps the spans of a run for a picture of it, the newest `max_events` of them. Thread-safe."""
+
+    def __init__(self, max_events: int = MAX_TRACE_EVENTS) -> None:
+        self._lock = threading.Lock()
+        self._events: deque[TraceEvent] = deque(maxlen=max_events)
+        self._added = 0
+
+    def add(self, track: str, name: str, start: float, end: float, details: Mapping[str, int | str]) -> None:
+        """Keep a span, in seconds of `time.monotonic()`."""
+        event = TraceEvent(track, name, start, end, details)
+        with self._lock:
+            self._events.append(event)
+            self._added += 1
+
+    def events(self) -> list[TraceEvent]:
+        """What was kept, in the order in which it ended."""
+        with self._lock:
+            return list(self._events)
+
+    def dropped(self) -> int:
+        """How many of the oldest were forgotten."""
+        with self._lock:
+            return self._added - len(self._events)
+
+
 class Telemetry:
-    """Thread-safe counters and spans of one rank."""
+    """Thread-safe counters and spans of one rank.
+
+    Attributes:
+        step: the step under way; spans belong to it unless they say otherwise.
+        trace: what keeps all spans; None: no trace is recorded.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self._counters: dict[str, float] = {}
         self.step = 0
+        self.trace: TraceRecorder | None = None
 
     def count(self, name: str, amount: float) -> None:
         """Add to a counter such as `link/sent_bytes`."""
@@ -46,10 +99,31 @@ class Telemetry:
         with self._lock:
             return self._counters.get(name, 0.0)
 
-    def record(self, name: str, start: float, end: float, step: int | None = None) -> None:
-        """Record a span; `step` None: the current step."""
+    def record(
+        self,
+        name: str,
+        start: float,
+        end: float,
+        step: int | None = None,
+        *,
+        track: str = COMPUTE,
+        details: Mapping[str, int | str] | None = None,
+    ) -> None:
+        """Record a span.
+
+        Args:
+            name: what took the time.
+            start: seconds, `time.monotonic()`.
+            end: seconds, `time.monotonic()`.
+            step: that it belongs to; None: the current step.
+            track: the row of a trace.
+            details: shown in a trace besides the step.
+        """
+        step = self.step if step is None else step
         with self._lock:
-            self._spans.append(Span(name, start, end, self.step if step is None else step))
+            self._spans.append(Span(name, start, end, step))
+        if self.trace is not None:
+            self.trace.add(track, name, start, end, {"step": step, **(details or {})})
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -59,6 +133,18 @@ class Telemetry:
             yield
         finally:
             self.record(name, start, time.monotonic())
+
+    def traced(self, name: str, track: str = COMPUTE) -> AbstractContextManager[None]:
+        """Keep the time that the body takes in the trace, if one is recorded, and nowhere else."""
+        return nullcontext() if self.trace is None else self._traced(self.trace, name, track)
+
+    @contextmanager
+    def _traced(self, trace: TraceRecorder, name: str, track: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            trace.add(track, name, start, time.monotonic(), {"step": self.step})
 
     def drain(self) -> list[Span]:
         """All spans recorded since the last call, oldest first by end."""

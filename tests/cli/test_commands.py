@@ -71,7 +71,7 @@ def test_what_a_user_can_mend_exits_2_on_one_or_two_lines(
 @pytest.mark.parametrize(
     "option",
     [
-        ["--resume", "latest"], ["--respawn"], ["--replay", "runs/x"], ["--trace"], ["--tui"], ["--dashboard"],
+        ["--respawn"], ["--replay", "runs/x"], ["--tui"], ["--dashboard"],
         ["--metrics-port", "9090"],
     ],
 )  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_folder_with_a_run_is_not_written_into(tmp_path: Path, capsys: pytest.
 def test_an_unexpected_error_is_one_line_and_a_file_with_the_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("smolcluster.config.load.load_config", lambda *args: 1 / 0)
+    monkeypatch.setattr("smolcluster.config.load.load_config", lambda *args, **options: 1 / 0)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     assert run("train") == 3
     err = capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_an_unexpected_error_is_one_line_and_a_file_with_the_traceback(
 def test_ctrl_c_outside_of_training_exits_130_without_a_word(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("smolcluster.config.load.load_config", interrupted)

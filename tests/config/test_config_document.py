@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from smolcluster.config import document
 from smolcluster.config.document import read_file, read_value
 from smolcluster.errors import ConfigError
 
@@ -71,3 +72,36 @@ def test_what_cannot_be_read_is_one_line(text: str) -> None:
         read_value(text, "test")
     assert str(caught.value).startswith("test: ")
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_multiply_are_not_written_out() -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    with pytest.raises(ConfigError, match="more than 100000 values"):
+        read_value("\n".join(levels), "test")
+
+
+def test_a_file_without_an_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document, "MOST_BYTES", 8)
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 12345", encoding="utf-8")
+    assert read_file(file).plain() == {"a": 12345}
+    file.write_text("a: 123456", encoding="utf-8")
+    with pytest.raises(ConfigError, match="larger than"):
+        read_file(file)
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # chmod does not keep root out
+    with pytest.raises(ConfigError, match=r"a.yaml: cannot be read \(Permission denied\)"):
+        read_file(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["!!int " + "x" * 5000, "{" + "k" * 500 + ": 1, " + "k" * 500 + ": 2}"])
+def test_a_message_does_not_repeat_endless_text(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_value(text, "test")
+    assert len(str(caught.value)) < 200

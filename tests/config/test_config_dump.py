@@ -15,7 +15,10 @@ from smolcluster.config.load import load_config, preset_names
 from smolcluster.config.schema import Config
 
 EVERYTHING = [
-    "training.batch_size=3",
+    "training.batch_size=9",
+    "lr_schedule.min_lr=0",
+    "cluster.server=null",
+    "cluster.memory={a: 16}",
     "training.learning_rate=1e-5",
     "cluster.host_ip={a: 10.0.0.1, b.c: '::1', 'on': 10.0.0.3}",
     "cluster.port={default: 1, a: 2}",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from smolcluster.config.hosts import Host, address_clashes, members
+from smolcluster.config.hosts import Host, Member, address_clashes, members, rank_count, readings, roles
 from smolcluster.config.schema import Config
 from smolcluster.errors import ConfigError
 
@@ -129,5 +129,119 @@ def test_machines_that_cannot_run_together_are_refused(found: Config, message: s
 
 
 def test_a_shared_address_is_also_reported_as_a_clash() -> None:
-    clashes = list(address_clashes(config(host_ip={"a": "10.0.0.1", "b": "10.0.0.1"}).cluster))
+    clashes = list(address_clashes(config(host_ip={"a": "10.0.0.1", "b": "10.0.0.1"})))
     assert clashes == [(("cluster", "host_ip"), "cluster.host_ip: a, b share the address 10.0.0.1 port 65432")]
+
+
+# --- servers and workers
+
+SERVED = {"mini1": "10.10.0.1", "macbook": "10.10.0.1", "pi5": "192.168.50.1", "win": "10.10.0.1"}
+WITH_SERVER = {"host_ip": SERVED, "server": "mini1", "workers": ["pi5", "win", "macbook"], "num_workers": 3}
+
+
+def test_a_worker_with_the_servers_address_dials_it_and_the_server_listens_there() -> None:
+    assert roles(config("edp", **WITH_SERVER)) == (
+        Member(0, "mini1", "server", (("10.10.0.1", 65432),)),
+        Member(1, "pi5", "worker", (("192.168.50.1", 65432),), ("10.10.0.1", 65432)),
+        Member(2, "win", "worker", (), ("10.10.0.1", 65432)),
+        Member(3, "macbook", "worker", (), ("10.10.0.1", 65432)),
+    )
+
+
+def test_the_server_listens_on_its_other_address_too_where_it_recognises_it() -> None:
+    found = roles(config("edp", **WITH_SERVER), hostname="mini1", local_addresses=["10.10.0.1", "192.168.50.1"])
+    assert found[0].listens == (("10.10.0.1", 65432), ("192.168.50.1", 65432))
+    assert found[1] == Member(1, "pi5", "worker", (), ("192.168.50.1", 65432))
+
+
+def test_a_worker_dials_an_address_that_it_does_not_have_itself() -> None:
+    found = roles(config("edp", **WITH_SERVER), hostname="pi5", local_addresses=["192.168.50.2"])
+    assert found[1] == Member(1, "pi5", "worker", (), ("192.168.50.1", 65432))
+    at_home = roles(config("edp", **WITH_SERVER), hostname="pi5", local_addresses=["192.168.50.1"])
+    assert at_home[1].dials == ("10.10.0.1", 65432)
+
+
+def test_where_all_are_alike_everybody_listens_and_nobody_is_server() -> None:
+    found = roles(config("classicdp", host_ip=HOSTS, server="mini2"))
+    assert [(m.name, m.role, m.dials) for m in found] == [(n, "rank", None) for n in ("mini2", "mini1", "mini3")]
+    assert [m.listens for m in found] == [((HOSTS[m.name], 65432),) for m in found]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "serves", "server", "count"),
+    [
+        ("classicdp", False, "mini1", 2),
+        ("fsdp", False, "mini1", 2),
+        ("ep", False, "mini1", 2),
+        ("mp_pipeline", False, "mini1", 2),
+        ("edp", False, "mini1", 3),
+        ("syncps", False, "mini1", 3),
+        ("mp", False, "mini1", 3),
+        ("mp", False, None, 2),
+        ("single", True, "mini1", 3),
+        ("classicdp", True, "mini1", 3),
+    ],
+)
+def test_num_workers_counts_the_server_where_all_are_alike(
+    algorithm: str, serves: bool, server: str | None, count: int
+) -> None:
+    assert len(roles(config(algorithm, host_ip=HOSTS, server=server, num_workers=2), serves=serves)) == count
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (config("edp", host_ip=HOSTS), "algorithm edp needs cluster.server, the name of the server's machine"),
+        (
+            config("syncps", host_ip=HOSTS, server="mini1", num_workers=3),
+            "cluster.num_workers is 3 (the ranks without the server, for syncps), but 3 machines are named "
+            "(mini1, mini2, mini3); make them agree",
+        ),
+        (
+            config("classicdp", host_ip=SERVED, server="mini1"),
+            "cluster: mini1 and macbook and win would all listen at 10.10.0.1 port 65432; give each its own",
+        ),
+        (
+            config("mp", host_ip={"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.2"}, server="a"),
+            "cluster: b and c would all listen at 10.0.0.2 port 65432; give each its own",
+        ),
+    ],
+)
+def test_roles_that_cannot_be_played_are_refused(found: Config, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        roles(found)
+    assert str(caught.value) == message
+
+
+def test_workers_that_only_push_may_share_an_address() -> None:
+    hosts = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.2"}
+    found = config("edp", host_ip=hosts, server="a")
+    assert len(roles(found)) == 3
+    assert list(address_clashes(found)) == []
+
+
+def test_a_worker_that_dials_is_no_clash_but_is_said() -> None:
+    found = config("mp", host_ip=HOSTS | {"mini4": "10.10.0.1"}, server="mini1", num_workers=3)
+    assert list(address_clashes(found)) == []
+    assert [text for _, text in readings(found)] == [
+        "cluster.host_ip: mini4 with the address of the server mini1: read as the address that they dial; "
+        "the server listens there",
+        "cluster.num_workers: 3 is read as the ranks beside the server mini1: 4 in all",
+    ]
+
+
+def test_where_all_are_alike_the_server_among_them_is_said_and_a_shared_address_is_a_clash() -> None:
+    found = config("classicdp", host_ip={"a": "10.0.0.1", "b": "10.0.0.1"}, server="a", num_workers=2)
+    assert [text for _, text in address_clashes(found)] == [
+        "cluster.host_ip: a, b share the address 10.0.0.1 port 65432"
+    ]
+    assert [text for _, text in readings(found)] == [
+        "cluster.num_workers: 2 is read as all ranks, the server a among them"
+    ]
+
+
+def test_the_ranks_are_counted_without_names_too() -> None:
+    assert rank_count(config()) == 1
+    assert rank_count(config(num_workers=3)) == 3
+    assert rank_count(config("syncps", num_workers=3)) == 4
+    assert rank_count(config(host_ip=HOSTS)) == 3

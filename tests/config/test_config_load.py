@@ -77,6 +77,22 @@ def test_all_levels_at_once_give_the_override(folder: Path) -> None:
     assert load(**sources_for(folder, LEVELS)).config.training.batch_size == 105
 
 
+@pytest.mark.parametrize("preset", ["demo", "classicdp_mnist", "classicdp_llama"])
+def test_a_configuration_can_be_laid_under_all_others(preset: str) -> None:
+    base = load(preset=preset, overrides=["cluster.memory=32", "data.tokenizer=bytes"]).config
+    resolved = load(base=(base, "checkpoint x"), overrides=["training.max_steps=7"])
+    assert resolved.config.training.max_steps == 7
+    changed = base.training.model_copy(update={"max_steps": 7})
+    assert resolved.config == base.model_copy(update={"training": changed})
+    assert (resolved.sources["algorithm"], resolved.warnings) == ("checkpoint x", ())
+
+
+def test_a_file_that_implies_an_algorithm_gives_way_to_the_configuration_below_it(folder: Path) -> None:
+    file = write(folder, "seed: 3\n", "cluster_config_edp.yaml")
+    resolved = load(base=(load(preset="demo").config, "checkpoint x"), cluster_files=[file])
+    assert (resolved.config.algorithm, resolved.config.cluster.seed) == ("classicdp", 3)
+
+
 def test_a_flag_wins_over_the_environment_and_is_named_by_its_option(folder: Path) -> None:
     resolved = load(environ={"SMOLCLUSTER__TRAINING__MAX_STEPS": "5"}, flags={"training.max_steps": 6})
     assert resolved.config.training.max_steps == 6
@@ -195,9 +211,15 @@ def test_a_cluster_file_may_set_other_sections_too(folder: Path) -> None:
     assert (config.cluster.seed, config.training.epochs) == (7, 4)
 
 
-def test_a_flat_cluster_file_given_as_config_is_told_the_section(folder: Path) -> None:
-    file = write(folder, "tls: true\n")
-    assert error_of(files=[file]) == "run.yaml:1: unknown key tls; nearest: cluster.tls"
+def test_a_flat_cluster_file_may_be_given_as_config_too(folder: Path) -> None:
+    file = write(folder, "tls: true\nseed: 7\n")
+    assert load(files=[file]).config == load(cluster_files=[file]).config
+
+
+def test_what_is_no_key_at_all_is_looked_for_in_the_section_of_the_file(folder: Path) -> None:
+    file = write(folder, "treads: 3\n")
+    assert error_of(files=[file]).startswith("run.yaml:1: unknown key treads; keys of the top level:")
+    assert error_of(cluster_files=[file]).startswith("run.yaml:1: unknown key cluster.treads; nearest: cluster.")
 
 
 # --- YAML
@@ -251,7 +273,12 @@ MISTAKES = {
         "training:\n  hf_model_name: x\n",
         "2: unknown key training.hf_model_name; nearest: model.hf_model_name or serving.hf_model_name",
     ),
-    "key without its section": ("batch_size: 4\n", "1: unknown key batch_size; nearest: training.batch_size"),
+    "key without its section": ("max_steps: 4\n", "1: unknown key max_steps; nearest: training.max_steps"),
+    "key that breaks the line": (
+        '"a\\nb": 4\n',
+        r"1: unknown key 'a\nb'; keys of the top level: algorithm, backend, "
+        "model, training, lr_schedule, data, checkpoint, logging, cluster, serving",
+    ),
     "initials": ("training:\n  lr: 0.1\n", "2: unknown key training.lr; nearest: training.learning_rate"),
     "key like nothing else": (
         "logging:\n  zzz: 1\n",
@@ -333,11 +360,15 @@ MISTAKES = {
         "model:\n  type: gpt\ndata:\n  dataset: mnist\n",
         "4: data.dataset: mnist is images, but model.type gpt is trained on text",
     ),
-    "text without a file": ("data:\n  dataset: text\n", "2: data.dataset: text needs data.path (the text file)"),
+    "text without a file": ("data:\n  dataset: text\n", "2: data.dataset: text needs data.path (a file or folder)"),
     "hf without a name": ("model:\n  type: hf\n", "2: model.type: hf needs model.hf_model_name (id or folder)"),
     "pretrained without hf": (
         "model:\n  init: pretrained\n",
-        "2: model.init: pretrained needs model.type hf, but model.type is simple_nn",
+        "2: model.init: pretrained needs model.type hf or gpt, but model.type is simple_nn",
+    ),
+    "pretrained gpt without a name": (
+        "model:\n  type: gpt\n  init: pretrained\n",
+        "3: model.init: pretrained needs model.hf_model_name (id or folder of a GPT-2)",
     ),
     "more experts than there are": (
         "model: {type: moe, num_experts: 2,\n  top_k: 4}\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -163,3 +164,34 @@ def test_addresses_and_names_are_accepted(address: str) -> None:
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValidationError):
         config(cluster={"host_ip": {"a": address}})
+
+
+@pytest.mark.parametrize(
+    ("files", "tokenizer"),
+    [([], "bytes"), (["config.json"], "bytes"), (["tokenizer.json"], "own"), (["vocab.json"], "own")],
+)
+def test_a_local_model_brings_its_tokenizer_where_the_files_are_there(
+    tmp_path: Path, files: list[str], tokenizer: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    for model in ({"type": "hf"}, {"type": "gpt", "init": "pretrained"}):
+        found = config(model={**model, "hf_model_name": str(tmp_path)})
+        assert found.data.tokenizer == (str(tmp_path) if tokenizer == "own" else "bytes")
+
+
+def test_a_model_by_id_brings_its_tokenizer_unless_another_is_given() -> None:
+    model = {"type": "hf", "hf_model_name": "somebody/model"}
+    assert config(model=model).data.tokenizer == "somebody/model"
+    assert config(model=model, data={"tokenizer": "bytes"}).data.tokenizer == "bytes"
+    assert config(model={"type": "gpt", "hf_model_name": "somebody/model"}).data.tokenizer == "bytes"
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "wikitext2", "somebody/data"])
+def test_a_model_of_the_users_reads_any_data(dataset: str) -> None:
+    assert config(model={"type": "my:Net"}, data={"dataset": dataset}).data.dataset == dataset
+
+
+@pytest.mark.parametrize("buffer_size", [8, {"mini1": 8, "pi4": 2}, None])
+def test_buffers_are_one_number_or_one_for_each_host(buffer_size: object) -> None:
+    assert config(cluster={"buffer_size": buffer_size}).cluster.buffer_size == buffer_size

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from smolcluster.data import loader as loader_module
 from smolcluster.data.batch import Batch
-from smolcluster.data.datasets import ClassesDataset, Kind, TextDataset
-from smolcluster.data.loader import MAX_PREFETCHED_STEPS, MIN_PREFETCHED_STEPS, BatchLoader, eval_batches
+from smolcluster.data.datasets import ClassesDataset, Dataset, Kind, TextDataset
+from smolcluster.data.loader import (
+    MAX_PREFETCHED_STEPS,
+    MIN_PREFETCHED_STEPS,
+    BatchLoader,
+    eval_batches,
+    sampled_steps,
+)
 from smolcluster.data.sampler import Sampler
 
 DEADLINE = 20.0
@@ -44,6 +50,21 @@ class Numbers:
     def targets_per_sample(self, indices: Tensor) -> int:
         return len(indices)
 
+    def graded(self, indices: Tensor) -> None:
+        return None
+
+
+def loader_of(
+    dataset: Dataset,
+    sampler: Sampler,
+    rank: int,
+    micro_batches: int = 1,
+    start_step: int = 0,
+    max_steps: int | None = None,
+) -> BatchLoader:
+    steps = sampled_steps(dataset, sampler, rank, micro_batches, start_step, max_steps)
+    return BatchLoader(steps, {"step": start_step}, rank, sampler.global_batch)
+
 
 def numbers_of(micro_batches: list[Batch]) -> list[int]:
     return torch.cat([batch.targets for batch in micro_batches]).tolist()
@@ -65,7 +86,7 @@ def no_thread_left() -> object:
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_each_step_holds_the_ranks_samples_in_order(rank: int) -> None:
     sampler = Sampler(25, 8, seed=1, shares=[1.0, 2.0, 1.0])
-    with BatchLoader(Numbers(25), sampler, rank, max_steps=10) as loader:
+    with loader_of(Numbers(25), sampler, rank, max_steps=10) as loader:
         steps = list(loader)
     assert len(steps) == 10
     for step, micro_batches in enumerate(steps):
@@ -74,16 +95,27 @@ def test_each_step_holds_the_ranks_samples_in_order(rank: int) -> None:
 
 def test_a_loader_that_starts_later_gives_the_same_steps() -> None:
     sampler = Sampler(25, 8, seed=1, shares=2)
-    with BatchLoader(Numbers(25), sampler, 1, max_steps=9) as loader:
+    with loader_of(Numbers(25), sampler, 1, max_steps=9) as loader:
         whole = [numbers_of(step) for step in loader]
-    with BatchLoader(Numbers(25), Sampler(25, 8, 1, 2), 1, start_step=5, max_steps=9) as loader:
+    with loader_of(Numbers(25), Sampler(25, 8, 1, 2), 1, start_step=5, max_steps=9) as loader:
         assert [numbers_of(step) for step in loader] == whole[5:]
-    with BatchLoader(Numbers(25), sampler, 1, start_step=9, max_steps=9) as loader:
+    with loader_of(Numbers(25), sampler, 1, start_step=9, max_steps=9) as loader:
         assert list(loader) == []
 
 
+def test_the_position_is_behind_the_last_step_given_whatever_was_prepared() -> None:
+    sampler = Sampler(25, 8, seed=1, shares=2)
+    with loader_of(Numbers(25), sampler, 1, start_step=5, max_steps=9) as loader:
+        assert loader.position() == {"step": 5}
+        positions = []
+        for _ in loader:
+            positions.append(loader.position())
+    assert positions == [{"step": 6}, {"step": 7}, {"step": 8}, {"step": 9}]
+    assert loader.position() == {"step": 9}
+
+
 def test_without_max_steps_there_is_no_end() -> None:
-    with BatchLoader(Numbers(4), Sampler(4, 2, 0), 0) as loader:
+    with loader_of(Numbers(4), Sampler(4, 2, 0), 0) as loader:
         assert len(list(islice(loader, 50))) == 50
 
 
@@ -94,7 +126,7 @@ def test_a_step_is_split_into_micro_batches_as_equal_as_can_be(
     sampler = Sampler(length, global_batch, 0, world_size)
     last = sampler.steps_per_epoch - 1
     for rank in range(world_size):
-        with BatchLoader(Numbers(length), sampler, rank, micro_batches, last, last + 1) as loader:
+        with loader_of(Numbers(length), sampler, rank, micro_batches, last, last + 1) as loader:
             (step,) = loader
         sizes = [batch.samples for batch in step]
         expected = len(sampler.rank_indices(last, rank))
@@ -105,7 +137,7 @@ def test_a_step_is_split_into_micro_batches_as_equal_as_can_be(
 
 def test_a_rank_without_samples_gets_one_empty_batch_of_the_right_shape() -> None:
     dataset = ClassesDataset("d", torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64), 2)
-    with BatchLoader(dataset, Sampler(3, 2, 0, 4), 3, micro_batches=2, max_steps=1) as loader:
+    with loader_of(dataset, Sampler(3, 2, 0, 4), 3, micro_batches=2, max_steps=1) as loader:
         ((batch,),) = loader
     assert (batch.samples, batch.inputs.shape, batch.planned_count) == (0, (0, 1, 2, 2), 2)
 
@@ -114,7 +146,7 @@ def test_the_planned_count_is_that_of_all_ranks_on_every_rank() -> None:
     dataset = TextDataset("t", torch.arange(40), max_seq_len=3, vocab_size=256)  # 13 windows
     planned, counted = [], torch.zeros(4, dtype=torch.int64)
     for rank in range(3):
-        with BatchLoader(dataset, Sampler(13, 4, 0, 3), rank, micro_batches=2, max_steps=4) as loader:
+        with loader_of(dataset, Sampler(13, 4, 0, 3), rank, micro_batches=2, max_steps=4) as loader:
             for step, micro_batches in enumerate(loader):
                 planned += [(step, batch.planned_count) for batch in micro_batches]
                 counted[step] += sum(batch.targets.numel() for batch in micro_batches)
@@ -134,7 +166,7 @@ def test_the_next_step_is_made_while_the_caller_holds_this_one() -> None:
             assert may_go_on.wait(DEADLINE)
 
     dataset = Numbers(8, on_batch)
-    with BatchLoader(dataset, Sampler(8, 2, 0), 0, max_steps=4) as loader:
+    with loader_of(dataset, Sampler(8, 2, 0), 0, max_steps=4) as loader:
         first = next(loader)
         # The caller has step 0 and does not ask for step 1; loading that one has begun all the same.
         assert started.wait(DEADLINE)
@@ -151,7 +183,7 @@ def test_a_step_that_is_ready_is_given_while_the_next_one_still_loads() -> None:
         if call == 2:
             assert may_go_on.wait(DEADLINE)
 
-    with BatchLoader(Numbers(8, on_batch), Sampler(8, 2, 0), 0, max_steps=4) as loader:
+    with loader_of(Numbers(8, on_batch), Sampler(8, 2, 0), 0, max_steps=4) as loader:
         next(loader)
         next(loader)  # would hang here if giving waited for loading
         may_go_on.set()
@@ -175,7 +207,7 @@ def test_no_more_is_prepared_than_the_bound(monkeypatch: pytest.MonkeyPatch, roo
             full.set()
 
     dataset = Numbers(1000, on_batch)
-    with BatchLoader(dataset, Sampler(1000, 2, 0), 0):
+    with loader_of(dataset, Sampler(1000, 2, 0), 0):
         assert full.wait(DEADLINE)
     assert dataset.calls == prepared  # after close, so nothing can follow
 
@@ -185,7 +217,7 @@ def test_what_the_dataset_raises_reaches_the_caller_after_the_steps_before_it() 
         if call == 2:
             raise ValueError("sample 7 is broken")
 
-    loader = BatchLoader(Numbers(20, on_batch), Sampler(20, 2, 0), 0)
+    loader = loader_of(Numbers(20, on_batch), Sampler(20, 2, 0), 0)
     assert numbers_of(next(loader)) == Sampler(20, 2, 0).global_indices(0).tolist()
     next(loader)
     for _ in range(2):
@@ -195,7 +227,7 @@ def test_what_the_dataset_raises_reaches_the_caller_after_the_steps_before_it() 
 
 
 def test_the_thread_ends_with_the_last_step() -> None:
-    loader = BatchLoader(Numbers(8), Sampler(8, 2, 0), 0, max_steps=3)
+    loader = loader_of(Numbers(8), Sampler(8, 2, 0), 0, max_steps=3)
     assert loader_threads() == []  # building one starts nothing
     assert len(list(loader)) == 3
     assert loader_threads() == []
@@ -204,9 +236,9 @@ def test_the_thread_ends_with_the_last_step() -> None:
 
 
 def test_close_joins_the_thread_wherever_it_waits_and_ends_the_iteration() -> None:
-    unused = BatchLoader(Numbers(8), Sampler(8, 2, 0), 0)
+    unused = loader_of(Numbers(8), Sampler(8, 2, 0), 0)
     unused.close()
-    loader = BatchLoader(Numbers(8), Sampler(8, 2, 0), 0)
+    loader = loader_of(Numbers(8), Sampler(8, 2, 0), 0)
     next(loader)
     assert len(loader_threads()) == 1
     loader.close()
@@ -218,7 +250,7 @@ def test_close_joins_the_thread_wherever_it_waits_and_ends_the_iteration() -> No
 
 
 def test_an_error_in_the_body_closes_the_loader() -> None:
-    with pytest.raises(KeyError), BatchLoader(Numbers(8), Sampler(8, 2, 0), 0) as loader:  # noqa: PT012
+    with pytest.raises(KeyError), loader_of(Numbers(8), Sampler(8, 2, 0), 0) as loader:  # noqa: PT012
         next(loader)
         raise KeyError("in the step")
     assert loader_threads() == []
@@ -237,6 +269,15 @@ def test_evaluation_sees_every_sample_once_over_all_ranks(length: int, batch_siz
     assert all(batch.samples <= batch_size for batches in ranks for batch in batches)
     most = -(-length // (batch_size * world_size))
     assert len(ranks[0]) == most
+
+
+def test_evaluation_marks_what_the_dataset_grades() -> None:
+    class Halves(Numbers):
+        def graded(self, indices: Tensor) -> Tensor:
+            return indices[:, None] % 2 == 0
+
+    batches = list(eval_batches(Halves(5), 3))
+    assert [batch.graded.flatten().tolist() for batch in batches] == [[True, False, True], [False, True]]
 
 
 def test_evaluation_in_one_process_is_the_default() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolcluster.data import mnist
+from smolcluster.data import download, mnist
 from smolcluster.data.mnist import MIRRORS, UNPACKED_SHA256, read_mnist
 from smolcluster.errors import DataError
 
@@ -182,10 +182,10 @@ def test_the_download_is_bounded_and_without_a_network_an_oserror(monkeypatch: p
         return Response()
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    monkeypatch.setattr(mnist, "MAX_PACKED_BYTES", 10)
+    monkeypatch.setattr(download, "MAX_BYTES", 10)
     with pytest.raises(OSError, match="more than 10 bytes"):
-        mnist.fetch_url("https://example.invalid/file")
-    assert asked == [("https://example.invalid/file", mnist.DOWNLOAD_TIMEOUT)]
+        download.fetch_url("https://example.invalid/file")
+    assert asked == [("https://example.invalid/file", download.TIMEOUT)]
 
 
 def test_mirrors_are_asked_over_https() -> None:

@@ -46,6 +46,7 @@ FROM_DIALLER: dict[str, JsonObject] = {
         "options": {"training.seed": "1"},
     },
     "beat": {"kind": "beat"},
+    "ping": {"kind": "ping", "sent": 5081.25},
     "leave": {"kind": "leave"},
 }  # fmt: skip
 FROM_LISTENER: dict[str, JsonObject] = {
@@ -57,6 +58,7 @@ FROM_LISTENER: dict[str, JsonObject] = {
             {"rank": 2, "name": "größer", "address": "tcp://192.168.1.12:50123"},
         ],
     },
+    "pong": {"kind": "pong", "sent": 5081.25, "held": 0.0009765625},
     "abort": {"kind": "abort", "error": "PeerLost", "text": "rank 1 (mini2) is lost: it was silent", "lost": 1},
     "refused": {"kind": "refused", "reason": "'größer' expects 3 ranks, rank 0 expects 2"},
 }  # fmt: skip

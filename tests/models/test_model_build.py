@@ -1,11 +1,14 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from smolcluster.config.schema import ModelConfig
-from smolcluster.errors import ConfigError
-from smolcluster.models.build import build_model
+from smolcluster.errors import CheckpointError, ConfigError
+from smolcluster.models.build import build_model, restore_model
 from smolcluster.models.gpt import GPT, GPTConfig
 from smolcluster.models.simple_nn import SimpleNN
+from smolcluster.models.weights import weights_sha256
 
 
 def test_simple_nn_takes_its_sizes_and_seed() -> None:
@@ -38,7 +41,24 @@ def test_fewer_outputs_than_classes_are_refused() -> None:
         build_model(ModelConfig(type="simple_nn", out=2), seed=0, num_classes=10)
 
 
-@pytest.mark.parametrize("model_type", ["moe", "hf", "my.package:Model"])
-def test_types_of_later_releases_say_so(model_type: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.type {model_type} comes in a later release"):
-        build_model(ModelConfig(type=model_type), seed=0)
+def test_types_of_later_releases_say_so() -> None:
+    with pytest.raises(ConfigError, match=r"model\.type moe comes in a later release; this one has simple_nn, gpt, hf"):
+        build_model(ModelConfig(type="moe"), seed=0, vocab_size=256)
+
+
+def test_a_published_model_needs_a_name() -> None:
+    for section in (ModelConfig(type="gpt", init="pretrained"), ModelConfig(type="hf")):
+        with pytest.raises(ConfigError, match=r"model\.hf_model_name is not set"):
+            build_model(section, seed=0, vocab_size=256)
+
+
+def test_weights_of_another_model_are_refused_by_where_they_come_from() -> None:
+    with pytest.raises(CheckpointError, match=r"the weights in runs.7 are not those of its configuration") as caught:
+        restore_model(ModelConfig(), SimpleNN(3, 4, 5).state_dict(), origin=Path("runs", "7"))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_come_back_in_their_own_precision() -> None:
+    trained = SimpleNN(seed=3).double()
+    restored = restore_model(ModelConfig(), trained.state_dict(), origin=Path("run"))
+    assert weights_sha256(restored) == weights_sha256(trained)

@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "single: never clipped",
         "algorithms/single.py",
-        "grad_norm = clip_gradients(self._params, self._grad_clip_norm, 1.0 / due.loss_scale)",
-        "grad_norm = clip_gradients(self._params, None, 1.0 / due.loss_scale)",
+        "grad_norm = clip_gradients(self._params, self._grad_clip_norm, due.correction / due.loss_scale)",
+        "grad_norm = clip_gradients(self._params, None, due.correction / due.loss_scale)",
         SINGLE_TESTS,
     ),
 )

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from smolcluster.checkpoint.store import save_weights
+from models.hf_folders import make_hf_folder
+from run.saved_runs import save_model
+from smolcluster.checkpoint.store import save_checkpoint
 from smolcluster.config.load import load_config
 from smolcluster.config.schema import Config
 from smolcluster.errors import CheckpointError, ConfigError
@@ -24,7 +26,7 @@ def config(tmp_path: Path) -> Config:
 
 def save(config: Config, folder: Path) -> Path:
     model = build_model(config.model, seed=1, vocab_size=256, num_classes=10)
-    return save_weights(folder, 1, model.state_dict(), {"config": config.model_dump(mode="json")})
+    return save_model(folder, model, config)
 
 
 def test_the_same_seed_writes_the_same_text_and_another_one_does_not(config: Config, tmp_path: Path) -> None:
@@ -62,9 +64,19 @@ def test_what_cannot_write_is_refused(config: Config, tmp_path: Path) -> None:
     classifier = load_config("classicdp_digits").config
     with pytest.raises(ConfigError, match="simple_nn writes no text"):
         generate_text(save(classifier, tmp_path / "classifier"), "the ", 4)
-    foreign = save_weights(tmp_path / "foreign", 1, {}, {})
+    foreign = save_checkpoint(tmp_path / "foreign", 1, {}, {})
     with pytest.raises(CheckpointError, match="does not say how its model is built"):
         generate_text(foreign, "the ", 4)
-    mixed = save_weights(tmp_path / "mixed", 1, {}, {"config": config.model_dump(mode="json")})
+    mixed = save_checkpoint(tmp_path / "mixed", 1, {}, {"config": config.model_dump(mode="json")})
     with pytest.raises(CheckpointError, match="are not those of its configuration"):
         generate_text(mixed, "the ", 4)
+
+
+def test_a_model_of_transformers_writes_with_its_tokenizer(config: Config, tmp_path: Path) -> None:
+    folder = make_hf_folder(tmp_path / "llama", "llama", vocab_size=256)
+    model = config.model.model_copy(update={"type": "hf", "hf_model_name": str(folder), "max_seq_len": 12})
+    path = save(config.model_copy(update={"model": model}), tmp_path / "checkpoints")
+    written = generate_text(path, "the ", 20, seed=1)
+    assert written.text.startswith("the ")
+    assert len(written.text.encode()) >= 24
+    assert written == generate_text(path, "the ", 20, seed=1)

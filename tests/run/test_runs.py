@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from monitoring.trace_checks import TraceFile, assert_spans_nest, assert_transfers_are_whole_and_in_order, overlap_us
 from smolcluster.checkpoint.store import load_weights
 
 SOURCE = str(Path(__file__).parent.parent.parent / "src")
@@ -89,7 +90,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def local3(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same 48 samples over three processes."""
-    return train(tmp_path_factory.mktemp("local3") / "run", "--local", "3", "--override", "training.batch_size=16")
+    folder = tmp_path_factory.mktemp("local3") / "run"
+    return train(folder, "--local", "3", "--override", "training.batch_size=16", "--trace")
 
 
 def assert_equal_runs(run: Run, reference: Run) -> None:
@@ -134,6 +136,21 @@ def test_three_processes_equal_one(single: Run, local3: Run) -> None:
     assert all(sent > 0 for sent in local3.summary["sent_bytes"])
     logs = {path.name for path in (local3.folder / "logs").iterdir()}
     assert {"rank0.log", "rank1.log", "rank2.log"} <= logs
+
+
+def test_a_trace_shows_all_ranks_on_one_clock_and_agrees_with_the_metrics(local3: Run) -> None:
+    trace = TraceFile(local3.folder / "trace.json")
+    assert trace.processes == {rank: f"rank {rank} (rank{rank})" for rank in range(3)}
+    assert_spans_nest(trace)
+    assert_transfers_are_whole_and_in_order(trace)
+    for rank in range(3):
+        waits, buckets = trace.spans(rank, "compute", "comm_wait"), trace.spans(rank, "all-reduce")
+        waited_us = 1e6 * sum(row["time/comm_wait_s"] for row in local3.rows if row["rank"] == rank)
+        assert sum(event["dur"] for event in waits) == pytest.approx(waited_us, rel=0.05)
+        assert overlap_us(buckets, waits) == pytest.approx(waited_us, rel=0.05)
+        assert [event["args"]["step"] for event in buckets] == list(range(40))  # one bucket a step
+        assert len(trace.spans(rank, "loader", "load")) >= 40
+    assert f"the trace is {local3.folder / 'trace.json'}; open it in https://ui.perfetto.dev" in local3.err
 
 
 def test_unequal_shares_over_gloo_equal_one_process(single: Run, tmp_path: Path) -> None:
@@ -324,5 +341,5 @@ def test_data_that_is_missing_exits_2_with_the_message_of_one_rank(tmp_path: Pat
     )  # fmt: skip
     assert run.code == 2
     assert run.err.splitlines() == [
-        "error: data.path no-such-file.txt cannot be read (No such file or directory). Name a text file"
+        "error: data.path no-such-file.txt cannot be read (No such file or directory). Name a file or folder"
     ]

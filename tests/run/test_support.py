@@ -27,9 +27,7 @@ def make_config(**sections: Any) -> Config:
         ({"cluster": {"shares": "auto"}}, "cluster.shares auto"),
         ({"cluster": {"compression": "int8"}}, "cluster.compression int8"),
         ({"cluster": {"min_ranks": 2}}, "cluster.min_ranks below 3 ranks"),
-        ({"data": {"streaming": True}}, "data.streaming"),
         ({"training": {"activation_checkpointing": True}}, "training.activation_checkpointing"),
-        ({"logging": {"wandb": "online"}}, "logging.wandb online"),
     ],
 )
 def test_what_comes_later_is_refused_by_name_instead_of_ignored(sections: dict[str, Any], names: str) -> None:
@@ -70,10 +68,22 @@ def test_shares_of_other_ranks_are_refused(shares: Any) -> None:
 def test_options_that_change_the_result_are_shared_and_those_of_one_machine_are_not() -> None:
     options = shared_options(make_config())
     assert options["training.batch_size"] == "None"
-    for change in ({"training": {"learning_rate": 0.5}}, {"cluster": {"seed": 7}}, {"model": {"hidden": 9}}):
+    changes: list[dict[str, Any]] = [
+        *({"training": {"learning_rate": 0.5}}, {"cluster": {"seed": 7}}, {"model": {"hidden": 9}}),
+        *({"checkpoint": {"steps": 7}}, {"data": {"tokenizer": "other"}}),
+    ]
+    for change in changes:
         assert shared_options(make_config(**change)) != options
     for change in ({"training": {"device": "cpu"}}, {"logging": {"log_interval": 3}}, {"data": {"path": "x"}}):
         assert shared_options(make_config(**change)) == options
+
+
+def test_a_model_folder_may_lie_elsewhere_on_another_machine() -> None:
+    here, there, other = (
+        shared_options(make_config(model={"type": "hf", "hf_model_name": name}))
+        for name in ("/home/a/llama", "models/llama/", "models/qwen")
+    )
+    assert here == there != other
 
 
 ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}

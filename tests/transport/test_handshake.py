@@ -358,9 +358,9 @@ def test_garbage_is_closed_at_once_with_one_line_in_the_log(
         start = time.monotonic()
         assert read_all(sock) == b""
         assert time.monotonic() - start < 3  # not the 5 s of a silent one
-    assert serves(listener)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "connection refused peer=tcp://127.0.0.1:" in caplog.text
+    assert serves(listener)
 
 
 def test_a_stranger_that_drips_bytes_does_not_get_more_time(impatient: None, listener: TcpListener) -> None:

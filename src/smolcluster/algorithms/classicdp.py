@@ -24,16 +24,20 @@ import torch
 from torch import nn
 
 from smolcluster.collectives.base import Communicator
-from smolcluster.collectives.bucket import DEFAULT_BUCKET_BYTES, GradientBuckets, StepGradients
+from smolcluster.collectives.bucket import DEFAULT_BUCKET_BYTES, GradientBuckets, StepGradients, StepSums
 from smolcluster.collectives.codec import codec_for
 from smolcluster.data.batch import Batch
 from smolcluster.kinds import Compression, Precision
-from smolcluster.training.optim import OptimizerFactory
+from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
 from smolcluster.training.schedule import LrSchedule
 from smolcluster.training.step import (
+    SCALER,
     EvalSums,
     LossScaler,
     MicroBatches,
+    PendingGradient,
+    Shard,
+    StateReader,
     StepResult,
     as_batches,
     clip_gradients,
@@ -41,7 +45,11 @@ from smolcluster.training.step import (
     evaluate_batch,
     forward_backward,
     is_applicable,
+    load_model_state,
+    model_state,
+    pending_state,
     prepare_model,
+    read_pending,
 )
 
 
@@ -89,7 +97,8 @@ class ClassicDP:
         """
         self.model = prepare_model(model, precision, device)
         self._comm = comm
-        self._params = [param for param in model.parameters() if param.requires_grad]
+        self._named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self._params = list(self._named.values())
         _broadcast_model(model, comm)
         self._optimizer = optimizer_factory(self._params)
         self._buckets = GradientBuckets(
@@ -189,6 +198,42 @@ class ClassicDP:
     def request_stop(self) -> None:
         """Vote for stopping, in the next step's last bucket; from any thread."""
         self._is_stop_requested = True
+
+    def state(self) -> dict[str, Shard]:
+        """Rank 0: weights, optimizer, loss scale, and the reduced gradients that wait. All ranks hold the same bits."""
+        waiting = [_as_pending(item) for item in self._under_way]
+        if self._comm.rank != 0:
+            return {}
+        shards = model_state(self.model) | optimizer_state(self._optimizer, self._named)
+        if self._scaler is not None:
+            shards[SCALER] = self._scaler.state()
+        return shards | pending_state(waiting, list(self._named))
+
+    def load_state(self, reader: StateReader) -> None:
+        """Go on from a checkpoint; see Strategy."""
+        load_model_state(self.model, reader)
+        load_optimizer_state(self._optimizer, self._named, reader)
+        if self._scaler is not None:
+            self._scaler.load_state(reader)
+        for item in read_pending(reader, self._params, list(self._named)):
+            sums = StepSums(item.loss_sum, item.count, item.samples, item.nonfinite, stop_votes=0)
+            gradients = self._buckets.restore(item.step, item.grads, sums)
+            self._under_way.append(_StepUnderWay(gradients, item.planned, item.loss_scale))
+        self._step = reader.step + len(self._under_way)
+
+
+def _as_pending(item: _StepUnderWay) -> PendingGradient:
+    sums = item.gradients.wait()
+    return PendingGradient(
+        step=item.gradients.step,
+        loss_sum=sums.loss_sum,
+        count=sums.count,
+        samples=sums.samples,
+        nonfinite=sums.nonfinite,
+        planned=item.planned,
+        loss_scale=item.loss_scale,
+        grads=item.gradients.grads,
+    )
 
 
 def _broadcast_model(model: nn.Module, comm: Communicator) -> None:

@@ -20,21 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from smolcluster.data.batch import Batch
-from smolcluster.training.optim import OptimizerFactory
+from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
 from smolcluster.training.schedule import LrSchedule
 from smolcluster.training.step import (
+    SCALER,
     EvalSums,
     LossScaler,
     MicroBatches,
+    PendingGradient,
     Precision,
+    Shard,
+    StateReader,
     StepResult,
+    Telemetry,
     as_batches,
     clip_gradients,
     count_targets,
     evaluate_batch,
     forward_backward,
     is_applicable,
+    load_model_state,
+    model_state,
+    pending_state,
     prepare_model,
+    read_pending,
 )
 
 
@@ -48,6 +57,7 @@ class _Gradient:
     samples: int
     loss_scale: float
     grads: list[Tensor | None]
+    correction: float = 1.0  # planned / actual targets, where another algorithm computed it
 
 
 class Single:
@@ -64,6 +74,7 @@ class Single:
         precision: Precision = "fp32",
         device: torch.device | str = "cpu",
         skip_nonfinite: bool = False,
+        telemetry: Telemetry | None = None,
     ) -> None:
         """Take the model over; it is moved to `device`.
 
@@ -76,9 +87,11 @@ class Single:
             precision: "fp64" converts the model; "bf16" and "fp16" compute under autocast.
             device: where to compute.
             skip_nonfinite: pass over updates that are not finite instead of stopping.
+            telemetry: gets the time that forward and backward take.
         """
         self.model = prepare_model(model, precision, device)
-        self._params = [param for param in model.parameters() if param.requires_grad]
+        self._named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self._params = list(self._named.values())
         self._optimizer = optimizer_factory(self._params)
         self._staleness_bound = staleness_bound
         self._grad_clip_norm = grad_clip_norm
@@ -86,6 +99,7 @@ class Single:
         self._precision = precision
         self._device = device
         self._skip_nonfinite = skip_nonfinite
+        self._telemetry = telemetry or Telemetry()
         self._scaler = LossScaler() if precision == "fp16" else None
         self._queue: deque[_Gradient] = deque()
         self._step = 0
@@ -103,13 +117,15 @@ class Single:
         batches = as_batches(micro_batches)
         count = count_targets(batches)
         loss_scale = self._scaler.scale if self._scaler else 1.0
+        self._telemetry.step = self._step
 
         # 1 zero_grad
         self._optimizer.zero_grad()
 
         # 2 forward, backward: the gradient of the mean loss over all micro-batches
+        scale = loss_scale / max(count, 1)
         loss_sum = forward_backward(
-            self.model, batches, loss_scale / max(count, 1), self._precision, device=self._device
+            self.model, batches, scale, self._precision, device=self._device, telemetry=self._telemetry
         )
 
         # 3 queue: gradients leave in the order of their steps
@@ -128,7 +144,7 @@ class Single:
         for param, grad in zip(self._params, due.grads, strict=True):
             param.grad = grad
         loss = due.loss_sum.item() / max(due.count, 1)
-        grad_norm = clip_gradients(self._params, self._grad_clip_norm, 1.0 / due.loss_scale)
+        grad_norm = clip_gradients(self._params, self._grad_clip_norm, due.correction / due.loss_scale)
         if self._lr_schedule is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = self._lr_schedule(due.step)
@@ -157,3 +173,28 @@ class Single:
     def request_stop(self) -> None:
         """Stop after the step under way; from any thread."""
         self._is_stop_requested = True
+
+    def state(self) -> dict[str, Shard]:
+        """Weights, optimizer, loss scale, and the gradients that still wait."""
+        shards = model_state(self.model) | optimizer_state(self._optimizer, self._named)
+        if self._scaler is not None:
+            shards[SCALER] = self._scaler.state()
+        waiting = [
+            PendingGradient(g.step, float(g.loss_sum), g.count, g.samples, 0, max(g.count, 1), g.loss_scale, g.grads)
+            for g in self._queue
+        ]
+        return shards | pending_state(waiting, list(self._named))
+
+    def load_state(self, reader: StateReader) -> None:
+        """Go on from a checkpoint; see Strategy."""
+        load_model_state(self.model, reader)
+        load_optimizer_state(self._optimizer, self._named, reader)
+        if self._scaler is not None:
+            self._scaler.load_state(reader)
+        for item in read_pending(reader, self._params, list(self._named)):
+            loss_sum = torch.tensor(item.loss_sum, dtype=torch.float64)
+            correction = item.planned / max(item.count, 1)
+            self._queue.append(
+                _Gradient(item.step, loss_sum, item.count, item.samples, item.loss_scale, item.grads, correction)
+            )
+        self._step = reader.step + len(self._queue)

@@ -42,6 +42,11 @@ class StateReader(Protocol):
     Reading may communicate: every rank reads the same names in the same order, though each may want another slice.
     """
 
+    @property
+    def step(self) -> int:
+        """Updates that the run had made."""
+        ...
+
     def names(self, prefix: str = "") -> list[str]:
         """All names that begin with `prefix`, sorted."""
         ...

@@ -1,8 +1,10 @@
-"""Weights on disk: whole or not at all.
+"""The state of a run on disk: whole or not at all.
 
-    checkpoints/step_00000100/weights.safetensors   the tensors
-    checkpoints/step_00000100/index.json            what belongs to it: sizes, hashes, tied names, how it was made
-    checkpoints/latest                              the name of the newest one
+    checkpoints/step_00000100/weights.safetensors         parameters and buffers, under their names in the model
+    checkpoints/step_00000100/state.safetensors           what else the next step depends on
+    checkpoints/step_00000100/state-rank0001.safetensors  what only rank 1 held, where there is such
+    checkpoints/step_00000100/index.json                  all tensors, sizes, hashes, how it was made: see index.py
+    checkpoints/latest                                    the name of the newest one
 
 A checkpoint is written under a temporary name, synced to the disk and renamed, and only then does `latest` name it. So
 a kill or a power cut at any moment leaves the one before as it was.
@@ -11,110 +13,154 @@ a kill or a power cut at any moment leaves the one before as it was.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smolcluster.checkpoint import disk
+from smolcluster.checkpoint.index import (
+    DTYPES,
+    INDEX,
+    STATE,
+    WEIGHTS,
+    FileEntry,
+    Index,
+    Part,
+    TensorEntry,
+    find_problem,
+)
+from smolcluster.checkpoint.reader import Checkpoint, sha256_of
+from smolcluster.checkpoint.state import Shard
 from smolcluster.errors import CheckpointError, TrainingStopped
 from smolcluster.kinds import JsonObject
 
-FORMAT = "smolcluster-checkpoint"
-VERSION = 1
-INDEX = "index.json"
-WEIGHTS = "weights.safetensors"
+__all__ = [
+    "Checkpoint",
+    "save_checkpoint",
+    "open_checkpoint",
+    "load_weights",
+    "newest_whole",
+    "latest_checkpoint",
+    "prune",
+]
+
+CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-_STEP_NAME = re.compile(r"step_(\d{8,})")
+MODEL = "model/"
+_STEP_NAME = re.compile(r"step_([0-9]{8,})")
 _TEMPORARY = "writing-"
-_HASH_PIECE_BYTES = 1 << 20
 
 
-def save_weights(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: JsonObject) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    shards: Mapping[str, Shard],
+    meta: JsonObject,
+    others: Iterable[tuple[int, Mapping[str, Shard]]] = (),
+) -> Path:
     """Write a checkpoint; blocks until it is on the disk.
 
     Args:
         folder: the run's `checkpoints/`; made if it is not there.
         step: updates so far; becomes `step_00000100`. A whole checkpoint of this step is left as it is: a step of a
-            run has one set of weights.
-        tensors: by name, on any device. Names that share one memory (tied weights) are stored once.
+            run has one state. `others` is then not touched.
+        shards: this rank's part of the state, by name, on any device. Names under `model/` that share one memory
+            (tied weights) are stored once.
         meta: anything JSON that a reader needs, such as the configuration.
+        others: (rank, that rank's part), taken one by one, so that only one is in memory. Together with `shards` they
+            hold every element of every tensor exactly once.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        TrainingStopped: the disk is full or the folder cannot be written.
+        TrainingStopped: the disk is full, the folder cannot be written, or a tensor's dtype cannot be stored.
     """
+    if (problem := find_unstorable(shards)) is not None:
+        raise TrainingStopped(f"the checkpoint of step {step} cannot be written: {problem}")
     target = folder / f"step_{step:08d}"
+    is_done = False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(folder)
         _remove_unfinished(folder)
         if not _is_whole(target):
-            _write_and_rename(folder, target, step, tensors, meta)
-        _replace_text(folder / LATEST, target.name + "\n")
+            _write_and_rename(folder, target, step, shards, meta, others)
+        _point_latest(folder, target.name)
+        is_done = True
     except (OSError, SafetensorError) as exc:
-        with contextlib.suppress(OSError):
-            _remove_unfinished(folder)  # on a full disk every byte counts
         raise TrainingStopped(
             f"the checkpoint of step {step} cannot be written to {folder} ({getattr(exc, 'strerror', None) or exc}). "
             "Free some space, or give --out a folder on another disk; earlier checkpoints are whole"
         ) from exc
+    finally:
+        if not is_done:  # on a full disk every byte counts
+            with contextlib.suppress(OSError):
+                _remove_unfinished(folder)
     return target
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
-    """Read a checkpoint back, on the CPU.
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Verify a checkpoint and make it readable; blocks while it reads every byte once.
 
     Args:
-        path: a checkpoint, or a folder of checkpoints: then the one that `latest` names, or where that is damaged
-            the newest whole one.
-
-    Returns:
-        The tensors by name, tied ones as one tensor under all their names; and the index, with `step` and `meta`.
+        path: a checkpoint, or a folder of checkpoints or of a run: then its newest whole one, see `newest_whole`.
 
     Raises:
-        CheckpointError: there is none, or a file is damaged or no checkpoint of ours; names the file.
+        CheckpointError: there is none, or a file is missing, damaged or no checkpoint of ours; names the file.
     """
-    if not (path / INDEX).is_file() and not _STEP_NAME.fullmatch(path.name):
-        path = latest_checkpoint(path)
-    index = _read_index(path)
-    file = path / WEIGHTS
-    _check_file(file, index)
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as exc:
-        raise CheckpointError(f"{file} cannot be read ({exc}). Use another checkpoint") from exc
-    aliases = index["aliases"]
-    assert isinstance(aliases, dict)
-    for name, stored in aliases.items():
-        tensors[name] = tensors[str(stored)]
-    return tensors, index
+    if os.path.lexists(path / INDEX) or _STEP_NAME.fullmatch(path.name):
+        return Checkpoint(path)
+    return _open_newest(path)[0]
 
 
-def latest_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a folder: what `latest` names, else the highest step.
+def load_weights(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
+    """Read a model's parameters and buffers, on the CPU.
+
+    Args:
+        path: as for `open_checkpoint`.
+
+    Returns:
+        The tensors by their names in the model, tied ones as one tensor under all their names; and `step`, `aliases`
+        and `meta`.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path)
+    aliases: JsonObject = {
+        alias.removeprefix(MODEL): name.removeprefix(MODEL) for alias, name in checkpoint.aliases.items()
+    }
+    names = [name for name in checkpoint.names(MODEL) if name not in checkpoint.aliases]
+    tensors = {name.removeprefix(MODEL): checkpoint.read(name) for name in names}
+    for alias, name in aliases.items():
+        tensors[alias] = tensors[str(name)]
+    return tensors, {"step": checkpoint.step, "aliases": aliases, "meta": checkpoint.meta}
+
+
+def newest_whole(path: Path) -> tuple[Path, list[str]]:
+    """The newest whole checkpoint of a folder of checkpoints or of a run: what `latest` names, else the highest step.
+
+    Returns:
+        Its folder, and for each newer one that was passed over a clause that says why and names the file.
 
     Raises:
         CheckpointError: there is none.
     """
-    names = _step_names(folder)[::-1]
-    with contextlib.suppress(OSError):
-        named = (folder / LATEST).read_text(encoding="utf-8").strip()
-        if _STEP_NAME.fullmatch(named):
-            names.insert(0, named)
-    for name in names:
-        if _is_whole(folder / name):
-            return folder / name
-    raise CheckpointError(
-        f"there is no whole checkpoint in {folder}. Name another folder, or train with checkpoint.steps set"
-    )
+    checkpoint, skipped = _open_newest(path)
+    return checkpoint.path, skipped
+
+
+def latest_checkpoint(path: Path) -> Path:
+    """As `newest_whole`, for those who do not ask what was passed over.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return newest_whole(path)[0]
 
 
 def prune(folder: Path, keep: int | None) -> None:
@@ -122,150 +168,188 @@ def prune(folder: Path, keep: int | None) -> None:
     if keep is None:
         return
     with contextlib.suppress(OSError):
-        named = (folder / LATEST).read_text(encoding="utf-8").strip()
-        for name in _step_names(folder)[:-keep]:
-            if name != named:
-                # Renamed first: a kill in between leaves something that is plainly no checkpoint.
-                doomed = folder / f"{_TEMPORARY}removed-{name}"
-                os.replace(folder / name, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+        latest = _read_latest(folder)
+        for name in _step_names(folder)[::-1][keep:]:
+            if name != latest:
+                _remove(folder, name)
 
 
-def _write_and_rename(folder: Path, target: Path, step: int, tensors: Mapping[str, Tensor], meta: JsonObject) -> None:
+def discard_after(checkpoint: Path) -> None:
+    """Delete the later checkpoints of a run that goes on from this one: they would stand in for its own."""
+    folder = checkpoint.parent
+    with contextlib.suppress(OSError):
+        _point_latest(folder, checkpoint.name)
+        names = _step_names(folder)
+        for name in names[names.index(checkpoint.name) + 1 :]:
+            _remove(folder, name)
+
+
+def find_unstorable(shards: Mapping[str, Shard]) -> str | None:
+    """A sentence on the first tensor of a dtype that a checkpoint cannot hold; None if there is none."""
+    for name, shard in shards.items():
+        if shard.tensor.dtype not in DTYPES:
+            return (
+                f"tensor {name!r} is {shard.tensor.dtype}, which a checkpoint cannot hold. Convert it, or register it "
+                "as a buffer with persistent=False"
+            )
+    return None
+
+
+class _Draft:
+    """What has been written of a checkpoint so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, FileEntry] = {}
+        self._tensors: dict[str, TensorEntry] = {}
+        self._aliases: dict[str, str] = {}
+
+    def write_weights(self, shards: Mapping[str, Shard]) -> None:
+        """Whole tensors of the model, each memory once, under the names that the model has for them."""
+        stored: dict[str, Shard] = {}
+        names: dict[tuple[object, ...], str] = {}
+        for name in sorted(shards):
+            tensor = shards[name].tensor
+            memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if tensor.numel() and memory in names:
+                self._aliases[name] = names[memory]
+            else:
+                names[memory] = name
+                stored[name] = shards[name]
+        self.write(WEIGHTS, stored, without_prefix=MODEL)
+
+    def write(self, file_name: str, shards: Mapping[str, Shard], without_prefix: str = "") -> None:
+        """A file with one rank's shards; none if there are none."""
+        if not shards:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(shards):
+            key = name.removeprefix(without_prefix)
+            tensors[key] = _alone_on_cpu(shards[name].tensor)
+            self._enter(name, shards[name], file_name, key)
+        file = self._folder / file_name
+        disk.write_tensors(file, tensors)
+        self._files[file_name] = FileEntry(bytes=file.stat().st_size, sha256=sha256_of(file))
+        disk.sync_file(file)
+
+    def write_index(self, step: int, meta: JsonObject) -> None:
+        """The last file. Then all that the folder holds is on the disk."""
+        index = Index(step=step, files=self._files, tensors=self._tensors, aliases=self._aliases, meta=meta)
+        if (problem := find_problem(index)) is not None:
+            raise ValueError(f"the ranks' shards of step {step} do not fit together: {problem}")
+        file = self._folder / INDEX
+        disk.write_text(file, index.to_text())
+        disk.sync_file(file)
+        disk.sync_folder(self._folder)
+
+    def _enter(self, name: str, shard: Shard, file_name: str, key: str) -> None:
+        dtype, shape = DTYPES[shard.tensor.dtype][0], list(shard.global_shape)
+        entry = self._tensors.setdefault(name, TensorEntry(kind=shard.kind, dtype=dtype, shape=shape, parts=[]))
+        if (entry.kind, entry.dtype, entry.shape) != (shard.kind, dtype, shape):
+            raise ValueError(f"the ranks disagree on tensor {name!r}: {entry} and {shard.kind}, {dtype}, {shape}")
+        entry.parts.append(Part(file=file_name, key=key, offset=shard.offset, count=shard.tensor.numel()))
+
+
+def _write_and_rename(
+    folder: Path,
+    target: Path,
+    step: int,
+    shards: Mapping[str, Shard],
+    meta: JsonObject,
+    others: Iterable[tuple[int, Mapping[str, Shard]]],
+) -> None:
     temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
-    temporary.mkdir()
-    stored, aliases = _untied(tensors)
-    save_file(stored, temporary / WEIGHTS, metadata={"format": "pt"})
-    index: JsonObject = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        "files": {WEIGHTS: {"bytes": (temporary / WEIGHTS).stat().st_size, "sha256": _sha256(temporary / WEIGHTS)}},
-        "tensors": {
-            name: {
-                "file": WEIGHTS,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "shape": list(tensor.shape),
-            }
-            for name, tensor in stored.items()
-        },
-        "aliases": dict(aliases.items()),
-        "meta": meta,
-    }
-    (temporary / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    for file in (temporary / WEIGHTS, temporary / INDEX, temporary):
-        _sync(file)
-    if target.exists():  # damaged: it was looked at before
-        shutil.rmtree(target)
-    os.replace(temporary, target)
-    _sync(folder)
+    disk.make_folder(temporary)
+    draft = _Draft(temporary)
+    weights = {name: shard for name, shard in shards.items() if _is_weight(name, shard)}
+    draft.write_weights(weights)
+    draft.write(STATE, {name: shard for name, shard in shards.items() if name not in weights})
+    for rank, of_rank in others:
+        draft.write(f"state-rank{rank:04d}.safetensors", of_rank)
+    draft.write_index(step, meta)
+    disk.remove(target)  # a damaged one: it was looked at before
+    disk.rename(temporary, target)
+    disk.sync_folder(folder)
 
 
-def _untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous CPU tensors, each memory once; and for every further name of a memory the stored one."""
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    names: dict[tuple[object, ...], str] = {}
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and memory in names:
-            aliases[name] = names[memory]
-            continue
-        names[memory] = name
-        # Views of one buffer (gradient buckets, flat parameters) may not reach safetensors as such: it refuses them.
-        cpu = tensor.to("cpu").contiguous()
-        owns_storage = cpu.untyped_storage().nbytes() == cpu.nbytes
-        stored[name] = cpu if owns_storage else cpu.clone()
-    return stored, aliases
+def _remove(folder: Path, name: str) -> None:
+    # Renamed first: a kill in between leaves something that is plainly no checkpoint.
+    doomed = folder / f"{_TEMPORARY}removed-{name}"
+    disk.remove(doomed)
+    disk.rename(folder / name, doomed)
+    disk.remove(doomed)
 
 
-def _read_index(path: Path) -> JsonObject:
-    file = path / INDEX
+def _is_weight(name: str, shard: Shard) -> bool:
+    return name.startswith(MODEL) and shard.kind in ("param", "buffer") and shard.shape is None
+
+
+def _alone_on_cpu(tensor: Tensor) -> Tensor:
+    """A contiguous CPU tensor with memory of its own: safetensors refuses views of one buffer."""
+    cpu = tensor.detach().to("cpu").contiguous()
+    return cpu if cpu.untyped_storage().nbytes() == cpu.nbytes else cpu.clone()
+
+
+def _open_newest(path: Path) -> tuple[Checkpoint, list[str]]:
+    folder = path / CHECKPOINTS if os.path.isdir(path / CHECKPOINTS) else path
+    names: list[str] = []
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        with contextlib.suppress(FileNotFoundError):
+            names = _step_names(folder)[::-1]
     except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
         raise CheckpointError(
-            f"{file} cannot be read ({getattr(exc, 'strerror', None) or 'not JSON'}), so {path} is no whole "
-            "checkpoint. Use another one"
+            f"{folder} cannot be read ({reason}). Name the folder of a checkpoint or of a run"
         ) from exc
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is no index of a smolcluster checkpoint. Use another folder")
-    if index.get("version") != VERSION:
-        raise CheckpointError(
-            f"{file} has format version {index.get('version')}, this release reads {VERSION}. Use the release that "
-            "wrote it"
-        )
-    if not isinstance(index.get("files"), dict) or not isinstance(index.get("aliases"), dict):
-        raise CheckpointError(f"{file} is damaged: parts are missing. Use another checkpoint")
-    return index
-
-
-def _check_file(file: Path, index: JsonObject) -> None:
-    files = index["files"]
-    expected = files.get(file.name) if isinstance(files, dict) else None
-    if not isinstance(expected, dict) or not file.is_file():
-        raise CheckpointError(f"{file} is missing, so its checkpoint is not whole. Use another one")
-    if file.stat().st_size != expected.get("bytes"):
-        raise CheckpointError(
-            f"{file} has {file.stat().st_size} bytes, {INDEX} says {expected.get('bytes')}. Use another checkpoint"
-        )
-    if _sha256(file) != expected.get("sha256"):
-        raise CheckpointError(f"{file} is damaged: its SHA-256 is not that of {INDEX}. Use another checkpoint")
+    latest = _read_latest(folder)
+    if latest is not None:
+        names = [latest, *(name for name in names if name != latest)]
+    skipped: list[str] = []
+    for name in names:
+        try:
+            return Checkpoint(folder / name), skipped
+        except CheckpointError as exc:
+            skipped.append(str(exc))
+    reasons = f": {skipped[0]}" if skipped else ""
+    raise CheckpointError(
+        f"there is no whole checkpoint in {folder}{reasons}. Name another folder, or train with checkpoint.steps set"
+    )
 
 
 def _is_whole(path: Path) -> bool:
-    try:
-        index = _read_index(path)
-        files = index["files"]
-        assert isinstance(files, dict)
-        for name in files:
-            _check_file(path / name, index)
-    except (CheckpointError, OSError):
+    if not path.exists():
         return False
-    return True
+    with contextlib.suppress(CheckpointError):
+        Checkpoint(path)
+        return True
+    return False
 
 
 def _step_names(folder: Path) -> list[str]:
     """Names of all checkpoints of a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [item.name for item in folder.iterdir() if _STEP_NAME.fullmatch(item.name)]
+    found = [name for name in os.listdir(folder) if _STEP_NAME.fullmatch(name)]
     return sorted(found, key=lambda name: int(name.removeprefix("step_")))
+
+
+def _read_latest(folder: Path) -> str | None:
+    """The name in `latest`; None if there is no such file, or something else is in it."""
+    with contextlib.suppress(OSError, ValueError):
+        name = (folder / LATEST).read_text(encoding="utf-8").strip()
+        if _STEP_NAME.fullmatch(name):
+            return name
+    return None
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    temporary = folder / f"{_TEMPORARY}{LATEST}"
+    disk.write_text(temporary, name + "\n")
+    disk.sync_file(temporary)
+    disk.rename(temporary, folder / LATEST)
+    disk.sync_folder(folder)
 
 
 def _remove_unfinished(folder: Path) -> None:
     """What an earlier process was killed over. One process writes a folder, so nobody is still at it."""
-    for item in folder.iterdir():
-        if item.name.startswith(_TEMPORARY):
-            shutil.rmtree(item, ignore_errors=True)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder; its file system journals the rename
-    # Windows syncs only descriptors that may write.
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_HASH_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
+    for name in os.listdir(folder):
+        if name.startswith(_TEMPORARY):
+            disk.remove(folder / name)

@@ -28,7 +28,9 @@ def show(
 
 
 @app.command()
-def check(files: Annotated[list[Path], typer.Argument(help="YAML files, each judged on its own.")]) -> None:
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="YAML files, each judged on its own.")],
+) -> None:
     """Say `FILE: ok`, or what is wrong with file, line and key. Exit code 2 if anything is wrong."""
     failed = False
     for file in files:

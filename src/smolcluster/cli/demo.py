@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from smolcluster.cli.train import Out, Overrides, Quiet, conclude, reporter, resolve, result_lines, say_to_stderr
+from smolcluster.cli.train import Choices, Out, Overrides, Quiet, conclude, plan, reporter, result_lines, say_to_stderr
 
 PRESET = "demo"
 RANKS = 3
@@ -25,12 +25,11 @@ def demo(
 
     No network, no account, no question asked.
     """
-    config = resolve(PRESET, None, None, override, None, None, None, quiet)
-    from smolcluster.run.folder import default_out
+    chosen = Choices(PRESET, None, None, override, None, None, None, quiet)
+    config, _, folder = plan(chosen, None, out, leads=True)
     from smolcluster.run.local import run_local
 
     say = say_to_stderr(quiet)
-    folder = out or default_out(config)
     say(
         f"demo: {RANKS} processes train a {config.model.type} of {config.model.num_layers} layers on Python's own "
         f"documentation, over authenticated TCP on this machine, {config.training.max_steps} steps"

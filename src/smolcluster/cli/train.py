@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from smolcluster.errors import ConfigError
+from smolcluster.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from smolcluster.config.load import Resolved
     from smolcluster.config.schema import Config
     from smolcluster.kinds import JsonObject
     from smolcluster.monitoring.reporters import Reporter
     from smolcluster.run.folder import Ran
+    from smolcluster.run.resume import ResumePoint
 
 Algorithm: TypeAlias = Annotated[
     str | None, typer.Option(metavar="NAME", help="How the work is spread: single, classicdp.")
@@ -40,12 +43,17 @@ SkipNonfinite: TypeAlias = Annotated[
     bool, typer.Option("--skip-nonfinite", help="Pass over updates that are not finite instead of stopping.")
 ]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Resume: TypeAlias = Annotated[
+    str | None,
+    typer.Option(metavar="latest|PATH", help="Go on from a checkpoint: the newest one, or this run or checkpoint."),
+]
+Trace: TypeAlias = Annotated[
+    bool, typer.Option("--trace", help="Write trace.json: what all ranks computed and sent, for ui.perfetto.dev.")
+]
 # Accepted so that a script written for a later release is told so, instead of "no such option".
 LATER = "Comes in a later release."
-Resume: TypeAlias = Annotated[str | None, typer.Option(metavar="latest|PATH", help=LATER)]
 Respawn: TypeAlias = Annotated[bool, typer.Option("--respawn", help=LATER)]
 Replay: TypeAlias = Annotated[str | None, typer.Option(metavar="RUN", help=LATER)]
-Trace: TypeAlias = Annotated[bool, typer.Option("--trace", help=LATER)]
 Tui: TypeAlias = Annotated[bool, typer.Option("--tui", help=LATER)]
 Dashboard: TypeAlias = Annotated[bool, typer.Option("--dashboard", help=LATER)]
 MetricsPort: TypeAlias = Annotated[int | None, typer.Option(metavar="PORT", help=LATER)]
@@ -76,29 +84,38 @@ def train(
 
     With a cluster file start one `smolcluster node` on each machine instead.
     """
-    refuse_later(resume=resume, respawn=respawn, replay=replay, trace=trace, tui=tui, dashboard=dashboard,
-                 metrics_port=metrics_port)  # fmt: skip
-    resolved = resolve(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
-    from smolcluster.run.folder import default_out
+    refuse_later(respawn=respawn, replay=replay, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
+    chosen = Choices(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
     from smolcluster.run.launcher import launch_from_environment
 
-    folder = out or default_out(resolved)
     launch = None if local is not None else launch_from_environment()
+    leads = launch is None or launch.rank == 0
+    resolved, point, folder = plan(chosen, resume, out, leads=leads)
     if local is not None:
         if local < 1:
             raise ConfigError(f"--local {local}: give the number of ranks, 1 or more")
+        from smolcluster.config.memory import local_memory_warning
         from smolcluster.run.local import run_local
 
-        ran = run_local(resolved, local, folder, reporter(resolved, quiet), skip_nonfinite=skip_nonfinite)
+        note_batch(point, resolved, local, quiet)
+        if (too_large := local_memory_warning(resolved, local)) is not None:
+            chosen.say(f"warning: {too_large}")
+        ran = run_local(
+            resolved, local, folder, reporter(resolved, quiet), resume=point, skip_nonfinite=skip_nonfinite,
+            trace=trace,
+        )  # fmt: skip
     else:
         from smolcluster.run.node import NodeOptions, run_alone, run_launched
 
-        shows = launch is None or launch.rank == 0  # a launcher mixes the output of all ranks
-        options = NodeOptions(folder, reporter(resolved, quiet or not shows), token_file, skip_nonfinite)
+        # A launcher mixes the output of all ranks, so only rank 0 shows its progress.
+        shown = reporter(resolved, quiet or not leads)
+        options = NodeOptions(folder, shown, token_file, point, skip_nonfinite, trace)
         if launch is not None:
+            note_batch(point, resolved, launch.world_size, quiet)
             ran = run_launched(resolved, launch, options)
         else:
             refuse_machines(resolved)
+            note_batch(point, resolved, 1, quiet)
             ran = run_alone(resolved, options)
     conclude(ran, resolved, quiet)
 
@@ -125,13 +142,19 @@ def node(
     metrics_port: MetricsPort = None,
 ) -> None:
     """Be one machine of a cluster. Start it on every machine, in any order, with the same options."""
-    refuse_later(resume=resume, respawn=respawn, replay=replay, trace=trace, tui=tui, dashboard=dashboard,
-                 metrics_port=metrics_port)  # fmt: skip
-    resolved = resolve(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
-    from smolcluster.run.folder import default_out
+    refuse_later(respawn=respawn, replay=replay, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
+    chosen = Choices(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
+    from smolcluster.config.hosts import members
     from smolcluster.run.node import NodeOptions, run_node
 
-    options = NodeOptions(out or default_out(resolved), reporter(resolved, quiet), token_file, skip_nonfinite)
+    # Only rank 0's machine has the run folder, so the others may not find what --resume names.
+    resolved, point, folder = plan(chosen, resume, out, leads=False)
+    if resume is not None and point is None and members(resolved)[0].name == hostname:
+        resolved, point, folder = plan(chosen, resume, out, leads=True)
+    elif resume is not None and point is None:
+        chosen.say("rank 0's machine has the run that goes on; this one takes the settings that are given here")
+    note_batch(point, resolved, len(members(resolved)) if point is not None else 1, quiet)
+    options = NodeOptions(folder, reporter(resolved, quiet), token_file, point, skip_nonfinite, trace)
     conclude(run_node(resolved, hostname, options, say_to_stderr(quiet)), resolved, quiet)
 
 
@@ -156,25 +179,93 @@ def refuse_later(**options: object) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} comes in a later release. Leave it out")
 
 
-def resolve(
-    preset: str | None,
-    config: list[Path] | None,
-    cluster: Path | None,
-    override: list[str] | None,
-    algorithm: str | None,
-    backend: str | None,
-    max_steps: int | None,
-    quiet: bool,
-) -> Config:
-    """The configuration that the options give; warnings go to stderr."""
-    from smolcluster.config.load import load_config
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the user says of the configuration."""
 
-    flags: Mapping[str, Any] = {"algorithm": algorithm, "backend": backend, "training.max_steps": max_steps}
-    resolved = load_config(preset, config or (), [cluster] if cluster else (), override or (), flags)
-    if not quiet:
-        for warning in resolved.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-    return resolved.config
+    preset: str | None
+    config: list[Path] | None
+    cluster: Path | None
+    override: list[str] | None
+    algorithm: str | None
+    backend: str | None
+    max_steps: int | None
+    quiet: bool
+
+    def resolve(self, base: tuple[Config, str] | None = None) -> Resolved:
+        """The configuration that this gives, over the defaults or over that of a run that goes on."""
+        from smolcluster.config.load import load_config
+
+        flags: Mapping[str, Any] = {
+            "algorithm": self.algorithm,
+            "backend": self.backend,
+            "training.max_steps": self.max_steps,
+        }
+        clusters = [self.cluster] if self.cluster else ()
+        return load_config(self.preset, self.config or (), clusters, self.override or (), flags, base=base)
+
+    def say(self, text: str) -> None:
+        """Show a line on stderr, unless asked to be quiet."""
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+
+def plan(
+    chosen: Choices, resume: str | None, out: Path | None, *, leads: bool
+) -> tuple[Config, ResumePoint | None, Path]:
+    """The configuration, the checkpoint to go on from, and the run folder.
+
+    Args:
+        chosen: what the user says of the configuration.
+        resume: `--resume`.
+        out: `--out`.
+        leads: this process owns the run folder. Others follow rank 0 if they do not find the checkpoint.
+
+    Raises:
+        ConfigError: the configuration is wrong, or not that of the run that goes on.
+        CheckpointError: there is no such checkpoint.
+    """
+    from smolcluster.run.folder import default_out
+
+    point = None
+    if resume is not None:
+        from smolcluster.run.resume import LATEST, check_same_run, find_resume_point, out_of
+
+        wanted = {}
+        if resume == LATEST and out is None:
+            first = chosen.resolve()
+            given = {"algorithm": first.config.algorithm, "model.type": first.config.model.type}
+            wanted = {key: value for key, value in given.items() if first.sources[key] != "default"}
+        try:
+            point = find_resume_point(resume, out, wanted)
+        except CheckpointError:
+            if leads:
+                raise
+    if point is None:
+        resolved = chosen.resolve()
+        folder = out or default_out(resolved.config)
+    else:
+        resolved = chosen.resolve((point.meta.config, f"checkpoint {point.checkpoint}"))
+        check_same_run(point, resolved.config)
+        folder = out_of(point, out)
+        for note in point.notes:
+            chosen.say(f"warning: {note}")
+        chosen.say(f"going on from {point.checkpoint} ({point.step} steps)")
+    for warning in resolved.warnings:
+        chosen.say(f"warning: {warning}")
+    return resolved.config, point, folder
+
+
+def note_batch(point: ResumePoint | None, config: Config, world_size: int, quiet: bool) -> None:
+    """Say that the files' batch size does not count in a run that goes on with another number of ranks."""
+    if point is None or quiet:
+        return
+    from smolcluster.config.schema import resolved_batch_size
+    from smolcluster.run.resume import batch_note
+
+    note = batch_note(point, config, resolved_batch_size(config), world_size)
+    if note is not None:
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def reporter(config: Config, quiet: bool) -> Reporter:

@@ -11,8 +11,10 @@ import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 from smolcluster import errors
@@ -32,6 +34,8 @@ MAX_EARLY_KINDS = 16
 MAX_TEXT = 10_000
 # Seconds between looks whether the world has ended while a connection is awaited.
 OPEN_SLICE = 0.25
+# The fastest of so many answers counts: in a process that computes, one of ten is late by milliseconds.
+RECENT_PINGS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,27 @@ class Member:
     rank: int
     name: str
     address: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """All connections to one rank together.
+
+    Attributes:
+        sent_bytes: since the start; frames, control messages and handshakes included.
+        recv_bytes: as sent_bytes.
+        queued_bytes: waiting now: in this process, and on Linux what the kernel holds until it is acknowledged.
+        buffer_bytes: send buffer that the kernel granted the first bulk connection; None: there is none.
+        wire_bytes: both directions with all headers and repetitions since the start; None: the system does not tell.
+        round_trip: seconds there and back, of the fastest of the last pings; None: none was answered yet.
+    """
+
+    sent_bytes: int
+    recv_bytes: int
+    queued_bytes: int
+    buffer_bytes: int | None
+    wire_bytes: int | None
+    round_trip: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +120,12 @@ class World:
         self._early: dict[str, list[tuple[int, JsonObject]]] = {}
         self._suspects: dict[int, threading.Timer] = {}
         self._on_left: dict[int, list[Callable[[PeerLost], None]]] = {}
+        others = [peer for peer in range(self.world_size) if peer != rank]
+        self._channels: dict[int, list[Channel]] = {peer: [] for peer in others}
+        self._queues: dict[int, list[Callable[[], int]]] = {peer: [] for peer in others}
+        self._counting = threading.Lock()
+        self._counted = (0, 0)
+        self._round_trips = {peer: deque[float](maxlen=RECENT_PINGS) for peer in others}
         self._began = time.monotonic()
         for peer, link in links.items():
             self._attach(peer, link)
@@ -117,6 +148,11 @@ class World:
             ConnectFailed: not connected within `timeout` seconds.
             PeerLost: a rank was lost meanwhile; or whatever else ended this world.
         """
+        channel = self._open_channel(peer, lane, timeout)
+        self._channels[peer].append(channel)
+        return channel
+
+    def _open_channel(self, peer: int, lane: str, timeout: float) -> Channel:
         if peer < self.rank:
             hello = Hello(self.rank, lane, self._view.run_id)
             return self._network.dial_channel(self._view.members[peer].address, hello, timeout, self.error)
@@ -129,6 +165,43 @@ class World:
             except ConnectFailed:
                 if time.monotonic() >= deadline:
                     raise
+
+    def watch_queue(self, peer: int, queued_bytes: Callable[[], int]) -> None:
+        """Count `queued_bytes()`, called from any thread, as waiting to be sent to `peer`."""
+        self._queues[peer].append(queued_bytes)
+
+    def new_bytes(self) -> tuple[int, int]:
+        """Bytes (sent, received) on all connections of this rank since the last call."""
+        with self._counting:
+            connections: list[Channel | ControlLink] = [*chain.from_iterable(self._channels.values())]
+            connections += self._links.values()
+            sent, received = sum(c.sent_bytes for c in connections), sum(c.recv_bytes for c in connections)
+            before, self._counted = self._counted, (sent, received)
+        return sent - before[0], received - before[1]
+
+    def link_state(self, peer: int) -> LinkState:
+        """What has passed between this rank and `peer`, and what waits. From any thread."""
+        connections: list[Channel | ControlLink] = [*self._channels[peer]]
+        if peer in self._links:
+            connections.append(self._links[peer])
+        states = [connection.socket_state() for connection in connections]
+        wire = [state.wire_bytes for state in states]
+        with self._lock:
+            round_trip = min(self._round_trips[peer], default=None)
+        return LinkState(
+            sent_bytes=sum(connection.sent_bytes for connection in connections),
+            recv_bytes=sum(connection.recv_bytes for connection in connections),
+            queued_bytes=sum(state.unacknowledged_bytes for state in states)
+            + sum(queued_bytes() for queued_bytes in self._queues[peer]),
+            buffer_bytes=states[0].buffer_bytes if self._channels[peer] else None,
+            wire_bytes=None if None in wire else sum(nbytes for nbytes in wire if nbytes is not None),
+            round_trip=round_trip,
+        )
+
+    def ping(self) -> None:
+        """Ask every rank for an answer, to measure the way there and back. Returns before they come."""
+        for peer in self.silent_since():
+            self.send(peer, "ping", {"sent": time.perf_counter()})  # the system clock of Windows ticks every 16 ms
 
     def link_all(self, timeout: float) -> None:
         """Open a control link to every rank that has none yet: the higher rank dials. Blocks.
@@ -293,6 +366,13 @@ class World:
         kind = message.get("kind")
         if kind == "beat":
             return
+        if kind == "ping":
+            held = time.perf_counter() - self._links[peer].arrived_at()
+            self.send(peer, "pong", {"sent": message.get("sent"), "held": held})
+            return
+        if kind == "pong":
+            self._pong_received(peer, message)
+            return
         if kind == "leave":
             with self._lock:
                 self._left.add(peer)
@@ -307,6 +387,16 @@ class World:
                     waiting.append((peer, message))
                     return
             handler(peer, message)
+
+    def _pong_received(self, peer: int, message: JsonObject) -> None:
+        """The way there and back, without what either process took to read: both compute at the same time."""
+        sent, held, arrived = message.get("sent"), message.get("held"), self._links[peer].arrived_at()
+        if not isinstance(sent, int | float) or not isinstance(held, int | float):
+            return
+        # Otherwise it answers what nobody asked, or a clock was set meanwhile.
+        if 0 <= sent < arrived and 0 <= held < arrived - sent:
+            with self._lock:
+                self._round_trips[peer].append(arrived - sent - held)
 
     def _abort_received(self, peer: int, message: JsonObject) -> None:
         text = str(message.get("text", ""))

@@ -45,7 +45,13 @@ class Codec(Protocol):
 
 
 class Work(Protocol):
-    """A collective or message under way."""
+    """A collective or message under way.
+
+    Attributes:
+        call_id: the group's name and the call's number in it, the same on all its ranks; None where nobody counts.
+    """
+
+    call_id: tuple[str, int] | None
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until done. `timeout` in seconds; None: as long as all peers are alive.

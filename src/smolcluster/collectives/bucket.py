@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from smolcluster.collectives.base import Codec, Communicator, Work
 from smolcluster.errors import CollectiveMismatch, ConfigError
-from smolcluster.telemetry import Telemetry
+from smolcluster.telemetry import ALL_REDUCE, Telemetry
 
 # Below 1 MiB the cost per operation shows, above 8 MiB little is left to overlap with.
 DEFAULT_BUCKET_BYTES = 4 * 2**20
@@ -108,6 +108,7 @@ class GradientBuckets:
         self._is_armed = False
         self._handles = []
         self._sets: list[_BucketSet] = []
+        self._timeline = _Timeline(comm.telemetry, follow=sets > 1)
         if comm.world_size > 1:
             # Sums of counts must be exact: float32 counts to 16.7 million, more targets than one step has, but
             # half precision and lossy codecs do not.
@@ -158,7 +159,7 @@ class GradientBuckets:
         assert own is not None, "flush without begin"
         if not self._sets:
             grads = [param.grad for param in self._params]
-            return StepGradients(own, self._params, grads, self._comm, self._loss_sum, None, [])
+            return StepGradients(own, self._params, grads, self._comm, self._loss_sum, None, [], self._timeline)
         if self._loss_sum is None:
             self._write_tail(torch.zeros(()))
         for index in reversed(range(len(self._params))):
@@ -168,7 +169,16 @@ class GradientBuckets:
             if self._overflowed is not None:
                 self._set.tail[4] += self._overflowed.cpu()
             self._issue(self._set.tail, codec=None)
-        return StepGradients(own, self._params, list(self._set.views), self._comm, None, self._set.tail, self._pending)
+        views: list[Tensor | None] = [*self._set.views]
+        tail = self._set.tail
+        return StepGradients(own, self._params, views, self._comm, None, tail, self._pending, self._timeline)
+
+    def restore(self, step: int, grads: list[Tensor | None], sums: StepSums) -> StepGradients:
+        """A step's gradients as a checkpoint kept them: reduced already."""
+        own = _Own(step, 0, 0, 0, False)
+        gradients = StepGradients(own, self._params, grads, self._comm, None, None, [], self._timeline)
+        gradients._sums = sums
+        return gradients
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -209,7 +219,7 @@ class GradientBuckets:
             self._issue(flat, self._codec)
 
     def _issue(self, flat: Tensor, codec: Codec | None) -> None:
-        self._pending.append(_Pending(self._comm.all_reduce(flat, codec=codec)))
+        self._pending.append(_Pending(self._comm.all_reduce(flat, codec=codec), flat.nbytes))
 
     def _write_tail(self, loss_sum: Tensor) -> None:
         assert self._own is not None, "arm without begin"
@@ -232,6 +242,7 @@ class StepGradients:
         loss_sum: Tensor | None,
         tail: Tensor | None,
         pending: list[_Pending],
+        timeline: _Timeline,
     ) -> None:
         self.step = own.step
         self._own = own
@@ -241,14 +252,26 @@ class StepGradients:
         self._loss_sum = loss_sum
         self._tail = tail
         self._pending = pending
+        self._timeline = timeline
+        self._sums: StepSums | None = None
+
+    @property
+    def grads(self) -> list[Tensor | None]:
+        """After `wait`: the reduced gradients in the order of the parameters; None where no rank had one."""
+        return self._grads
 
     def wait(self) -> StepSums:
-        """Block until every bucket is reduced; records where the time went.
+        """Block until every bucket is reduced; records where the time went. Again: the same answer at once.
 
         Raises:
             PeerLost: a rank is gone.
             CollectiveMismatch: the ranks planned different steps.
         """
+        if self._sums is None:
+            self._sums = self._wait()
+        return self._sums
+
+    def _wait(self) -> StepSums:
         if self._tail is None:
             loss = 0.0 if self._loss_sum is None else float(self._loss_sum)
             own = self._own
@@ -256,9 +279,9 @@ class StepGradients:
         start = time.monotonic()
         for pending in self._pending:
             pending.work.wait()
-        telemetry = self._comm.telemetry
-        telemetry.record("comm_wait", start, time.monotonic(), self.step)
-        _record_spans(self._pending, self.step, telemetry)
+        end = time.monotonic()
+        self._comm.telemetry.record("comm_wait", start, end, self.step)
+        self._timeline.record(self._pending, self.step, (start, end))
         self._pending = []
         loss_sum, count, samples, planned, nonfinite, votes, *users = self._tail.tolist()
         if abs(planned - self._own.planned * self._comm.world_size) > 1e-6 * planned:
@@ -337,7 +360,8 @@ class _BucketSet:
 class _Pending:
     """One all-reduce under way, and when it ran."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, nbytes: int) -> None:
+        self.nbytes = nbytes
         self.issued = time.monotonic()
         self.ended: float | None = None
         self.work = work
@@ -347,11 +371,30 @@ class _Pending:
         self.ended = time.monotonic()
 
 
-def _record_spans(pending: list[_Pending], step: int, telemetry: Telemetry) -> None:
-    """Record each all-reduce from when it could run: a communicator runs them one after the other."""
-    previous = 0.0
-    for item in pending:
-        # The waiter may be quicker than the callback; the operation has then ended just now.
-        ended = time.monotonic() if item.ended is None else item.ended
-        telemetry.record("all_reduce", max(item.issued, previous), ended, step)
-        previous = ended
+class _Timeline:
+    """Records each all-reduce from when it could run: a communicator runs them one after the other."""
+
+    def __init__(self, telemetry: Telemetry, *, follow: bool) -> None:
+        """`follow`: the next step's may begin as soon as one step's have ended."""
+        self._telemetry = telemetry
+        self._follow = follow
+        self._previous = 0.0  # when the one before it ended, perhaps of an earlier step
+
+    def record(self, pending: list[_Pending], step: int, wait: tuple[float, float]) -> None:
+        """Record those of `step`, for which the thread waited from wait[0] to wait[1]."""
+        for bucket, item in enumerate(pending):
+            ended = item.ended
+            # What was waited for ends when the thread goes on: the system may take its time to wake it, and the two
+            # measurements would differ by that. The thread may also be quicker than the callback.
+            is_last = item is pending[-1] and not self._follow
+            if ended is None or (is_last and ended > wait[0]):
+                ended = wait[1]
+            details: dict[str, int | str] | None = None
+            if self._telemetry.trace is not None:
+                details = {"bucket": bucket, "bytes": item.nbytes}
+                if item.work.call_id is not None:
+                    details["group"], details["sequence"] = item.work.call_id
+            start = max(item.issued, self._previous)
+            ended = max(start, ended)
+            self._telemetry.record("all_reduce", start, ended, step, track=ALL_REDUCE, details=details)
+            self._previous = ended

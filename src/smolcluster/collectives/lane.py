@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Protocol
 
+from smolcluster.collectives.lane_spans import LaneSpans
 from smolcluster.errors import SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
@@ -40,15 +42,17 @@ class Receiver(Protocol):
 class Lane:
     """One bulk connection to one peer: a queue of outgoing bytes, and the frame that is coming in."""
 
-    def __init__(self, peer: int, channel: Channel, receiver: Receiver) -> None:
+    def __init__(self, peer: int, channel: Channel, receiver: Receiver, spans: LaneSpans) -> None:
         self.peer = peer
         self.channel = channel
         self.receiver = receiver
+        self.spans = spans
         self.sent_bytes = 0
-        self.recv_bytes = 0
         self.queued_bytes = 0
         self.held = False  # a frame is here that nobody expects yet
         self.broken = False
+        self._sent_frames = 0
+        self._recv_frames = 0
         self._out: deque[memoryview] = deque()
         self._marks: deque[tuple[int, Callable[[SmolError | None], None]]] = deque()
         self._head = memoryview(bytearray(frame.PRELUDE_BYTES))
@@ -57,15 +61,26 @@ class Lane:
         self._dims_complete = False
         self._body: memoryview | None = None
         self._got = 0  # bytes of whatever part is arriving: head, dims or body
+        self._began = 0.0  # for a trace: when the first byte of the head was here
 
-    def enqueue(self, buffers: Iterable[memoryview], on_sent: Callable[[SmolError | None], None] | None = None) -> None:
-        """Queue bytes; `on_sent(None)` runs when the last was handed to the system, `on_sent(error)` if it never is."""
+    def enqueue(
+        self,
+        prelude: Prelude,
+        buffers: Iterable[memoryview],
+        on_sent: Callable[[SmolError | None], None] | None = None,
+    ) -> None:
+        """Queue a frame; `on_sent(None)` runs when its last byte was given to the system, `on_sent(error)` if never."""
+        before = self.queued_bytes
         for buffer in buffers:
             if len(buffer):
                 self._out.append(buffer)
                 self.queued_bytes += len(buffer)
+        until = self.sent_bytes + self.queued_bytes
         if on_sent is not None:
-            self._marks.append((self.sent_bytes + self.queued_bytes, on_sent))
+            self._marks.append((until, on_sent))
+        self._sent_frames += 1
+        if self.spans.is_on():
+            self.spans.queued(prelude, self._sent_frames, self.queued_bytes - before, until)
 
     def sending(self) -> bool:
         """True while bytes wait to be sent."""
@@ -77,12 +92,17 @@ class Lane:
 
     def flush(self) -> None:
         """Send until the connection takes no more."""
+        is_traced, at = bool(self._out) and self.spans.is_on(), 0.0
         while self._out:
+            if is_traced:
+                at = time.monotonic()
             taken = self.channel.try_send(list(islice(self._out, MAX_SEND_BUFFERS)))
             if taken == 0:
                 break
             self.sent_bytes += taken
             self.queued_bytes -= taken
+            if is_traced:
+                self.spans.sent(at, self.sent_bytes)
             while taken:
                 first = self._out[0]
                 if taken < len(first):
@@ -118,11 +138,13 @@ class Lane:
                 if count == 0:
                     return moved
                 moved = True
-                self.recv_bytes += count
                 self._got += count
             prelude = self._prelude
             assert prelude is not None
             self._reset()
+            self._recv_frames += 1
+            if self.spans.is_on():
+                self.spans.received(prelude, self._recv_frames, self._began)
             self.receiver.arrived(self, prelude)
             moved = True
         return moved
@@ -144,7 +166,8 @@ class Lane:
             count = self.channel.try_recv_into(target[self._got :])
             if count == 0:
                 return False
-            self.recv_bytes += count
+            if self._prelude is None and self._got == 0:
+                self._began = time.monotonic()
             self._got += count
         return True
 

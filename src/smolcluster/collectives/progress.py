@@ -68,13 +68,26 @@ class Call:
 class ProgressLoop:
     """Drives the lanes of one communicator."""
 
-    def __init__(self, name: str, telemetry: Telemetry, on_broken: Callable[[int, SmolError], None]) -> None:
-        """`on_broken(peer, error)`: a lane broke; the owner finds out why and calls `fail`."""
+    def __init__(
+        self,
+        name: str,
+        telemetry: Telemetry,
+        new_bytes: Callable[[], tuple[int, int]],
+        on_broken: Callable[[int, SmolError], None],
+    ) -> None:
+        """Start without lanes.
+
+        Args:
+            name: of its thread.
+            telemetry: where counters go.
+            new_bytes: (sent, received) since the last call; counted whenever a work is done.
+            on_broken: called with (peer, error) when a lane broke; the owner finds out why and calls `fail`.
+        """
         self._telemetry = telemetry
+        self._new_bytes = new_bytes
         self._on_broken = on_broken
         self._lanes: list[Lane] = []
         self._collective_lanes: list[Lane] = []
-        self._counted = (0, 0)
         self._posted = False  # something new is expected since the lanes were last pumped
         self._state = threading.Condition()
         self._driven = False
@@ -119,10 +132,9 @@ class ProgressLoop:
 
     def finish(self, work: PendingWork, error: SmolError | None = None, results: list[Tensor] | None = None) -> None:
         """Mark a work done. On the driving thread."""
-        sent, received = sum(lane.sent_bytes for lane in self._lanes), sum(lane.recv_bytes for lane in self._lanes)
-        self._telemetry.count("link/sent_bytes", sent - self._counted[0])
-        self._telemetry.count("link/recv_bytes", received - self._counted[1])
-        self._counted = (sent, received)
+        sent, received = self._new_bytes()
+        self._telemetry.count("link/sent_bytes", sent)
+        self._telemetry.count("link/recv_bytes", received)
         with self._state:
             self._open_works.discard(work)
         work.finish(error, results)
@@ -318,6 +330,8 @@ class ProgressLoop:
             if call.running or not self._flushed():
                 return
             self._current = None
+            for lane in self._collective_lanes:
+                lane.spans.call_ended()
             self.finish(call.work, results=call.on_success())
 
     def _flushed(self) -> bool:

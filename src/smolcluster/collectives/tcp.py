@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 from smolcluster.cluster.world import World
 from smolcluster.collectives import checks, mesh, ring
 from smolcluster.collectives.base import Codec, ReduceOp
-from smolcluster.collectives.lane import Lane
+from smolcluster.collectives.lane import Lane, Receiver
+from smolcluster.collectives.lane_spans import LaneSpans
 from smolcluster.collectives.messages import MessageBox
 from smolcluster.collectives.progress import Call, ProgressLoop
 from smolcluster.collectives.staging import DeviceStaging, Staging
@@ -90,22 +92,28 @@ class TcpCommunicator:
         self._split_names: set[str] = set()
         self._order = threading.Lock()  # sequence numbers are given out in the order of submission
         self._sequence = 0
-        self._loop = ProgressLoop(f"{name} rank {self.rank}", self.telemetry, self._broken)
+        self._loop = ProgressLoop(f"{name} rank {self.rank}", self.telemetry, world.new_bytes, self._broken)
         self._box = MessageBox(self._loop, self.generation)
         self._collective_lanes: dict[int, Lane] = {}
         self._message_lanes: dict[int, Lane] = {}
         try:
             for peer, member in enumerate(members):
                 if peer != self.rank:
-                    bulk = Lane(peer, world.open_channel(member, f"bulk:{name}", timeout), self._loop)
+                    bulk = self._lane(peer, member, "bulk", self._loop, timeout)
                     self._loop.add_lane(bulk, collective=True)
-                    p2p = Lane(peer, world.open_channel(member, f"p2p:{name}", timeout), self._box)
+                    p2p = self._lane(peer, member, "p2p", self._box, timeout)
                     self._loop.add_lane(p2p, collective=False)
                     self._collective_lanes[peer], self._message_lanes[peer] = bulk, p2p
+                    world.watch_queue(member, partial(_queued_bytes, bulk, p2p))
         except BaseException:
             self._loop.close()
             raise
         world.on_failure(self._loop.fail)
+
+    @property
+    def world(self) -> World:
+        """The ranks of this run, of which this group may be a part."""
+        return self._world
 
     # ---- collectives
 
@@ -228,7 +236,7 @@ class TcpCommunicator:
             if (left := self._loop.departed(dst)) is not None:
                 self._loop.finish(work, left)
             else:
-                lane.enqueue(buffers, on_sent=lambda error: self._loop.finish(work, error))
+                lane.enqueue(prelude, buffers, on_sent=lambda error: self._loop.finish(work, error))
 
         self._loop.submit(work, begin)
         return work
@@ -286,6 +294,11 @@ class TcpCommunicator:
 
     # ---- helpers
 
+    def _lane(self, peer: int, member: int, kind: str, receiver: Receiver, timeout: float) -> Lane:
+        channel = self._world.open_channel(member, f"{kind}:{self._name}", timeout)
+        spans = LaneSpans(self.telemetry, self._name, self._world.rank, member, messages=kind == "p2p")
+        return Lane(peer, channel, receiver, spans)
+
     def _broken(self, peer: int, error: SmolError) -> None:
         self._world.suspect(self._members[peer], error, lambda left: self._loop.depart(peer, left))
 
@@ -339,6 +352,7 @@ class TcpCommunicator:
             )  # fmt: skip
             self._sequence += 1  # not before: a call that is refused here counts for nothing
             work = PendingWork(self._loop, prelude.describe, [tensor for _, tensor in restore])
+            work.call_id = (self._name, prelude.sequence)
             shapes = operation in frame.SHAPED
 
             def start(call: Call, piece: int) -> Steps:
@@ -382,12 +396,16 @@ class _PieceWire:
             data.numel() if self._shapes else p.count, data.nbytes,
         )  # fmt: skip
         head = frame.pack(prelude, tuple(data.shape) if self._shapes else ())
-        self._comm._collective_lanes[dst].enqueue([memoryview(head), raw_bytes(data)])
+        self._comm._collective_lanes[dst].enqueue(prelude, [memoryview(head), raw_bytes(data)])
 
     def expect(self, src: int, into: Tensor | None) -> Arrival:
         hop = self._received.get(src, self._first_hop)
         self._received[src] = hop + 1
         return Arrival(src, into, hop)
+
+
+def _queued_bytes(*lanes: Lane) -> int:
+    return sum(lane.queued_bytes for lane in lanes)
 
 
 def _pieces(elements: int, span: int) -> int:

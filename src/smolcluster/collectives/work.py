@@ -24,6 +24,7 @@ class PendingWork:
     """See collectives.base.Work. Finished by the thread that drives the loop."""
 
     def __init__(self, driver: Driver | None, describe: Callable[[], str], results: list[Tensor]) -> None:
+        self.call_id: tuple[str, int] | None = None
         self._driver = driver
         self._describe = describe
         self._results = results

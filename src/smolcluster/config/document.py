@@ -19,6 +19,13 @@ from smolcluster.errors import ConfigError
 Scalar: TypeAlias = "bool | int | float | str | None"
 PlainValue: TypeAlias = "Scalar | list[PlainValue] | dict[str, PlainValue]"
 
+# Far above any configuration; what is larger was named by mistake (weights, a device) or written to do harm.
+MOST_BYTES = 4 * 1024 * 1024
+# Values after aliases are written out: nine nested lists of nine aliases would be 387 million.
+MOST_VALUES = 100_000
+# Characters of a value that a message shows.
+SHOWN = 60
+
 _TAG = "tag:yaml.org,2002:"
 _RESOLVERS = (
     ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
@@ -35,10 +42,17 @@ _RESOLVERS = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a value was written: a file and line, a preset, an environment variable or an option."""
+    """Where a value was written: a file and line, a preset, an environment variable or an option.
+
+    Attributes:
+        where: the file, or what else it is.
+        line: in the file, from 1; None: not a file.
+        key: the key as the user wrote it, where that is not the schema's: `num_epochs`.
+    """
 
     where: str
     line: int | None = None
+    key: str | None = None
 
     def __str__(self) -> str:
         return self.where if self.line is None else f"{self.where}:{self.line}"
@@ -86,22 +100,13 @@ def read_file(path: Path) -> Entry:
         path: the file, UTF-8.
 
     Raises:
-        ConfigError: missing or unreadable file, not YAML, a doubled key, or not a mapping.
+        ConfigError: missing, unreadable or too large, not YAML, a doubled key, or not a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
-    entry = _Reader(str(path)).read(text)
+    entry = _Reader(str(path)).read(_text(path))
     if entry.value is None:
         return Entry({}, entry.source)
     if not isinstance(entry.value, Mapping):
-        kind = "a list" if isinstance(entry.value, tuple) else f"only {entry.value!r}"
+        kind = "a list" if isinstance(entry.value, tuple) else f"only {shown(entry.value)}"
         raise ConfigError(f"{path}: expected `key: value` lines, found {kind}")
     return entry
 
@@ -118,6 +123,17 @@ def read_value(text: str, where: str, name: str | None = None) -> Entry:
         ConfigError: it is not YAML.
     """
     return _Reader(name or where, where).read(text)
+
+
+def shown(value: object) -> str:
+    """A value for a message: on one line, and not longer than it helps."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def printable(name: str) -> str:
+    """A key for a message: as it stands, or quoted with escapes where it would break the line."""
+    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
 
 
 class _Loader(yaml.SafeLoader):
@@ -144,6 +160,7 @@ class _Reader:
         self._name = name
         self._where = where
         self._open: set[int] = set()
+        self._values = 0
 
     def read(self, text: str) -> Entry:
         try:
@@ -169,6 +186,9 @@ class _Reader:
             raise ConfigError(f"{self._name}: nested too deeply") from None
 
     def _entry(self, node: yaml.Node, source: Source) -> Entry:
+        self._values += 1
+        if self._values > MOST_VALUES:
+            raise ConfigError(f"{self._name}: more than {MOST_VALUES} values (aliases count each time); not read")
         if isinstance(node, yaml.ScalarNode):
             return Entry(self._scalar(node), source)
         if node.tag not in (_TAG + "seq", _TAG + "map"):
@@ -199,7 +219,7 @@ class _Reader:
             elif key in entries:
                 first = entries[key].source.line
                 since = f" (first in line {first})" if first is not None else ""
-                raise self._error(key_node.start_mark.line + 1, f"key {key} is given twice{since}")
+                raise self._error(key_node.start_mark.line + 1, f"key {printable(key)} is given twice{since}")
             else:
                 entries[key] = self._entry(value_node, source)
         return {**merged, **entries}
@@ -228,7 +248,7 @@ class _Reader:
             if kind == "float":
                 return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         except (ValueError, KeyError):
-            raise self._error(node.start_mark.line + 1, f"{text!r} is not a valid {kind}") from None
+            raise self._error(node.start_mark.line + 1, f"{shown(text)} is not a valid {kind}") from None
         if kind in ("str", "merge"):
             return text
         raise self._error(node.start_mark.line + 1, f"the tag {node.tag.replace(_TAG, '!!')} is not allowed")
@@ -241,6 +261,23 @@ class _Reader:
     def _error(self, line: int | None, text: str) -> ConfigError:
         in_file = self._where is None and line is not None
         return ConfigError(f"{self._name}:{line}: {text}" if in_file else f"{self._name}: {text}")
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)  # not read_bytes(): /dev/zero has no end
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if len(content) > MOST_BYTES:
+        raise ConfigError(f"{path}: larger than {MOST_BYTES // 2**20} MiB; this is no configuration file")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
 
 def _starts_with_tab(text: str, line: int) -> bool:

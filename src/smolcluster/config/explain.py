@@ -12,7 +12,7 @@ import annotated_types
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from smolcluster.config.document import Entry, Source
+from smolcluster.config.document import Entry, Source, printable, shown
 from smolcluster.config.schema import Accepts, Config
 
 Part = str | int
@@ -40,12 +40,18 @@ class Problem:
         return self.text if self.source is None else f"{self.source}: {self.text}"
 
 
-def problems(error: ValidationError, entry: Entry) -> list[Problem]:
-    """All mistakes that pydantic found in `entry`, one line each, in the order of the files."""
+def problems(error: ValidationError, entry: Entry, root: Any = Config) -> list[Problem]:
+    """All mistakes that pydantic found in `entry`, one line each, in the order of the files.
+
+    Args:
+        error: what pydantic raised.
+        entry: what was validated.
+        root: the type that it was validated as.
+    """
     found: dict[tuple[Part, ...], Problem] = {}
     for details in error.errors(include_url=False):
         path = _path_in(entry, details)
-        found.setdefault(path, _problem(path, details, entry))
+        found.setdefault(path, _problem(path, details, entry, root))
     # A union reports one error per alternative; the one that got furthest into the value says most.
     inner = {path: p for path, p in found.items() if not any(_is_inside(other, path) for other in found)}
     return in_order(inner.values())
@@ -74,8 +80,24 @@ def dotted(path: Sequence[Part]) -> str:
     """`cluster.workers[0]`"""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        text = _joined(text, part)
     return text
+
+
+def written(path: Sequence[Part], entry: Entry) -> str:
+    """The key at `path` as the user wrote it: `num_epochs` where `training.epochs` came from a flat file."""
+    text = ""
+    here: Entry | None = entry
+    for part in path:
+        here = here.child(part) if here is not None else None
+        text = here.source.key if here is not None and here.source.key is not None else _joined(text, part)
+    return text
+
+
+def _joined(text: str, part: Part) -> str:
+    if isinstance(part, int):
+        return f"{text}[{part}]"
+    return f"{text}.{printable(part)}" if text else printable(part)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -94,9 +116,9 @@ def describe(annotation: Any) -> str:
     return f"{', '.join(most)}, or {last}"
 
 
-def type_at(path: Sequence[Part]) -> Any:
-    """The annotation of the value at `path` below Config; None if the schema has no such place."""
-    annotation: Any = Config
+def type_at(path: Sequence[Part], root: Any = Config) -> Any:
+    """The annotation of the value at `path` below `root`; None if the schema has no such place."""
+    annotation = root
     for part in path:
         annotation = _child(annotation, part)
         if annotation is None:
@@ -104,9 +126,9 @@ def type_at(path: Sequence[Part]) -> Any:
     return annotation
 
 
-def section_at(path: Sequence[Part]) -> type[BaseModel] | None:
+def section_at(path: Sequence[Part], root: Any = Config) -> type[BaseModel] | None:
     """The model whose keys stand at `path`; None for plain values, lists and maps with free keys."""
-    annotation = type_at(path)
+    annotation = type_at(path, root)
     return next((arm for arm in arms(annotation) if isinstance(arm, type) and issubclass(arm, BaseModel)), None)
 
 
@@ -122,26 +144,29 @@ def arms(annotation: Any) -> list[Any]:
 # --- one error
 
 
-def _problem(path: tuple[Part, ...], details: ErrorDetails, entry: Entry) -> Problem:
+def _problem(path: tuple[Part, ...], details: ErrorDetails, entry: Entry, root: Any) -> Problem:
     source = source_of(path, entry)
-    key = dotted(path)
+    key = written(path, entry)
     if details["type"] == "extra_forbidden":
-        return Problem(source, unknown_key(path))
+        return Problem(source, _unknown_key(path, entry, root))
     if details["type"] == "missing":
-        return Problem(source, f"{dotted(path[:-1])}: the key {path[-1]} is missing")
+        return Problem(source, f"{written(path[:-1], entry)}: the key {path[-1]} is missing")
     if details["loc"][-1:] == ("[key]",):
-        key_type = next(get_args(arm)[0] for arm in arms(type_at(path[:-1])) if get_origin(arm) is dict)
-        return Problem(source, f"{dotted(path[:-1])}: got the key {path[-1]!r}, expected {describe(key_type)}")
+        key_type = next(get_args(arm)[0] for arm in arms(type_at(path[:-1], root)) if get_origin(arm) is dict)
+        name = shown(path[-1])
+        return Problem(source, f"{written(path[:-1], entry)}: got the key {name}, expected {describe(key_type)}")
     if details["type"] == "problem":
         return Problem(source, f"{key}: {details['msg']}" if key else details["msg"])
-    return Problem(source, f"{key}: got {_shown(path, entry)}, expected {describe(type_at(path))}")
+    return Problem(source, f"{key}: got {_shown(path, entry)}, expected {describe(type_at(path, root))}")
 
 
-def unknown_key(path: Sequence[Part]) -> str:
+def _unknown_key(path: Sequence[Part], entry: Entry, root: Any) -> str:
     """The message for a key that the schema does not have, with the one that was probably meant."""
-    key, word, places = dotted(path), str(path[-1]), _all_keys()
-    section = section_at(path[:-1])
-    own = [dotted([*path[:-1], name]) for name in section.model_fields] if section else []
+    key, word = written(path, entry), str(path[-1])
+    above = key[: -len(word)].rstrip(".") if key.endswith(word) else written(path[:-1], entry)
+    section = section_at(path[:-1], root)
+    own = [f"{above}.{name}" if above else name for name in (section.model_fields if section else ())]
+    places = _all_keys() if root is Config else []
     same_word = [place for place in places if _last(place) == word]
     if same_word:
         return f"unknown key {key}; nearest: {' or '.join(same_word)}"
@@ -150,7 +175,7 @@ def unknown_key(path: Sequence[Part]) -> str:
     score, guess = max(scored, key=lambda pair: pair[0])
     if score >= _LIKE_ENOUGH:
         return f"unknown key {key}; nearest: {guess}"
-    return f"unknown key {key}; keys of {dotted(path[:-1]) or 'the top level'}: {', '.join(map(_last, own))}"
+    return f"unknown key {key}; keys of {above or 'the top level'}: {', '.join(map(_last, own))}"
 
 
 def _last(key: str) -> str:
@@ -191,8 +216,7 @@ def _shown(path: Sequence[Part], entry: Entry) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shown(value)
 
 
 # --- the schema's types

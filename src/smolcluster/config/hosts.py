@@ -1,14 +1,24 @@
-"""Which machines take part: rank, name and address of each, from the cluster section."""
+"""Which machines take part: rank, name, role and addresses of each, from the cluster section.
+
+`num_workers` counts all ranks where every rank computes alike (classicdp, fsdp, ep, mp_pipeline), and the ranks without
+the server where there is one (edp, syncps, mp, serving). In a file with a server, the address of a worker in `host_ip`
+that is the server's own is not where the worker is, but the address at which it reaches the server.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from smolcluster.config.schema import ClusterConfig, Config, TopologyHost
 from smolcluster.errors import ConfigError
 
 DEFAULT_PORT = 65432
+# Every rank listens and computes; a `server` is no more than the name of rank 0.
+ALL_ALIKE = ("classicdp", "fsdp", "ep", "mp_pipeline")
+
+Address: TypeAlias = tuple[str, int]  # IP address or host name, TCP port
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +29,25 @@ class Host:
     name: str
     ip: str
     port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One rank's part in a cluster with a server, or among equals.
+
+    Attributes:
+        rank: 0 to N - 1.
+        name: the machine's name.
+        role: `server`, `worker`, or `rank` where all are alike. The server of mp and of serving computes too.
+        listens: where it listens. None for a worker that only dials, or whose own address the file does not give.
+        dials: where it reaches the server; None for the server, and where all are alike.
+    """
+
+    rank: int
+    name: str
+    role: Literal["server", "worker", "rank"]
+    listens: tuple[Address, ...]
+    dials: Address | None = None
 
 
 def members(config: Config) -> tuple[Host, ...]:
@@ -35,28 +64,98 @@ def members(config: Config) -> tuple[Host, ...]:
         raise ConfigError("algorithm single runs in one process and has no other machines; choose another --algorithm")
     if config.algorithm in ("syncps", "edp"):
         raise ConfigError(f"algorithm {config.algorithm} cannot be run over several machines yet; use --local N")
-    cluster = config.cluster
-    if cluster.allToAllTopology is not None and cluster.allToAllTopology.workers.regular:
-        hosts = _from_topology(cluster, cluster.allToAllTopology.workers.regular)
-    else:
-        hosts = _from_host_ip(config)
-    _refuse_wrong_count(config, hosts)
-    for (ip, port), names in _shared_addresses(hosts).items():
-        raise ConfigError(f"cluster: {' and '.join(names)} would all listen at {ip} port {port}; give each its own")
+    hosts = _hosts(config, serves=False)
+    _refuse_shared_addresses({host.name: ((host.ip, host.port),) for host in hosts})
     return hosts
 
 
-def address_clashes(cluster: ClusterConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Hosts of a cluster section with one address and port: (path of the key, what is wrong), for warnings."""
+def roles(
+    config: Config, *, serves: bool = False, hostname: str | None = None, local_addresses: Collection[str] = ()
+) -> tuple[Member, ...]:
+    """Who is server and who is worker, where each listens, and which address each worker dials; in rank order.
+
+    Args:
+        config: with the machines.
+        serves: for serving a model, whatever the algorithm.
+        hostname: this machine's name.
+        local_addresses: the IP addresses that this machine has. A file may give a worker an address of the server's
+            that only the two machines themselves can recognise: the server then listens there too, the worker dials it.
+
+    Raises:
+        ConfigError: as `members`; or a parameter server is not named.
+    """
+    if not serves and config.cluster.server is None and config.algorithm in ("syncps", "edp"):
+        raise ConfigError(f"algorithm {config.algorithm} needs cluster.server, the name of the server's machine")
+    hosts = _hosts(config, serves)
+    if not serves and config.algorithm in ALL_ALIKE:
+        found = tuple(Member(host.rank, host.name, "rank", ((host.ip, host.port),)) for host in hosts)
+        _refuse_shared_addresses({member.name: member.listens for member in found})
+        return found
+    server = next((host for host in hosts if host.name == config.cluster.server), hosts[0])
+    dialled = _dialled_addresses(server, hosts, hostname, local_addresses)
+    found = (
+        Member(server.rank, server.name, "server", tuple((ip, server.port) for ip in dialled)),
+        *(_worker(host, server, dialled, hostname, local_addresses) for host in hosts if host != server),
+    )
+    pushes_only = not serves and config.algorithm in ("syncps", "edp")
+    listening = {member.name: member.listens for member in found if member.role == "server" or not pushes_only}
+    _refuse_shared_addresses(listening)
+    return tuple(sorted(found, key=lambda member: member.rank))
+
+
+def rank_count(config: Config) -> int:
+    """Ranks of a run over the machines of the configuration; 1 where it does not say."""
+    try:
+        return len(_hosts(config, serves=False))
+    except ConfigError:
+        return _expected_count(config, serves=False) or 1
+
+
+def host_names(config: Config) -> tuple[str, ...]:
+    """The machines' names in rank order; empty where they are not named, or wrongly."""
+    try:
+        return tuple(host.name for host in _hosts(config, serves=False))
+    except ConfigError:
+        return ()
+
+
+def address_clashes(config: Config, serves: bool = False) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Hosts that would listen at one address and port: (path of the key, what is wrong), for warnings."""
+    cluster = config.cluster
     if cluster.allToAllTopology is not None:
         listed = [(h, h.ip or cluster.host_ip.get(h.hostname)) for h in cluster.allToAllTopology.workers.regular]
-        hosts = tuple(Host(h.rank, h.hostname, ip, h.port or port_of(cluster, h.hostname)) for h, ip in listed if ip)
-        for (ip, port), names in _shared_addresses(hosts).items():
+        addresses = {h.hostname: (ip, h.port or port_of(cluster, h.hostname)) for h, ip in listed if ip}
+        for (ip, port), names in _shared({name: (address,) for name, address in addresses.items()}).items():
             key = ("cluster", "allToAllTopology")
             yield key, f"cluster.allToAllTopology: {', '.join(names)} share the address {ip} port {port}"
-    named = tuple(Host(-1, name, ip, port_of(cluster, name)) for name, ip in cluster.host_ip.items())
-    for (ip, port), names in _shared_addresses(named).items():
+    if not serves and config.algorithm in ("syncps", "edp"):
+        return  # only the server listens
+    dialling = _dialling(config, serves)
+    named = {name: ((ip, port_of(cluster, name)),) for name, ip in cluster.host_ip.items() if name not in dialling}
+    for (ip, port), names in _shared(named).items():
         yield ("cluster", "host_ip"), f"cluster.host_ip: {', '.join(names)} share the address {ip} port {port}"
+
+
+def readings(config: Config, serves: bool = False) -> Iterator[tuple[tuple[str, ...], str]]:
+    """How keys of the cluster are read that could be meant otherwise: (path of the key, how), for warnings."""
+    cluster = config.cluster
+    if cluster.server is None:
+        return
+    dialling = _dialling(config, serves)
+    if dialling:
+        text = (
+            f"cluster.host_ip: {', '.join(dialling)} with the address of the server {cluster.server}: read as the "
+            "address that they dial; the server listens there"
+        )
+        yield ("cluster", "host_ip"), text
+    if cluster.num_workers is None or (config.algorithm == "single" and not serves):
+        return
+    total = _expected_count(config, serves)
+    if total == cluster.num_workers:
+        text = f"{total} is read as all ranks, the server {cluster.server} among them"
+    else:
+        text = f"{cluster.num_workers} is read as the ranks beside the server {cluster.server}: {total} in all"
+    yield ("cluster", "num_workers"), f"cluster.num_workers: {text}"
 
 
 def port_of(cluster: ClusterConfig, name: str) -> int:
@@ -64,6 +163,48 @@ def port_of(cluster: ClusterConfig, name: str) -> int:
     if isinstance(cluster.port, int):
         return cluster.port
     return cluster.port.get(name, cluster.port.get("default", DEFAULT_PORT))
+
+
+# --- who dials whom
+
+
+def _dialling(config: Config, serves: bool) -> list[str]:
+    """Workers whose entry in host_ip is the server's address."""
+    cluster = config.cluster
+    if cluster.server is None or (not serves and config.algorithm in ALL_ALIKE):
+        return []
+    address = cluster.host_ip.get(cluster.server)
+    return [name for name, ip in cluster.host_ip.items() if ip == address and name != cluster.server]
+
+
+def _dialled_addresses(
+    server: Host, hosts: tuple[Host, ...], hostname: str | None, local_addresses: Collection[str]
+) -> tuple[str, ...]:
+    """The addresses of the server that stand in the file, its own entry first."""
+    here = local_addresses if hostname == server.name else ()
+    return tuple(dict.fromkeys([server.ip, *(host.ip for host in hosts if host.ip in here)]))
+
+
+def _worker(
+    host: Host, server: Host, dialled: Collection[str], hostname: str | None, local_addresses: Collection[str]
+) -> Member:
+    is_elsewhere = hostname == host.name and bool(local_addresses) and host.ip not in local_addresses
+    if host.ip in dialled or is_elsewhere:
+        return Member(host.rank, host.name, "worker", (), (host.ip, server.port))
+    return Member(host.rank, host.name, "worker", ((host.ip, host.port),), (server.ip, server.port))
+
+
+# --- who takes part
+
+
+def _hosts(config: Config, serves: bool) -> tuple[Host, ...]:
+    cluster = config.cluster
+    if cluster.allToAllTopology is not None and cluster.allToAllTopology.workers.regular:
+        hosts = _from_topology(cluster, cluster.allToAllTopology.workers.regular)
+    else:
+        hosts = _from_host_ip(config, serves)
+    _refuse_wrong_count(config, hosts, serves)
+    return hosts
 
 
 def _from_topology(cluster: ClusterConfig, entries: tuple[TopologyHost, ...]) -> tuple[Host, ...]:
@@ -83,7 +224,7 @@ def _from_topology(cluster: ClusterConfig, entries: tuple[TopologyHost, ...]) ->
     return tuple(hosts)
 
 
-def _from_host_ip(config: Config) -> tuple[Host, ...]:
+def _from_host_ip(config: Config, serves: bool) -> tuple[Host, ...]:
     cluster = config.cluster
     if not cluster.host_ip:
         raise ConfigError(
@@ -96,34 +237,43 @@ def _from_host_ip(config: Config) -> tuple[Host, ...]:
     else:
         names = [*first, *(name for name in cluster.host_ip if name != cluster.server)]
         # The file may list more machines than take part.
-        names = names[: _expected_count(config)]
+        names = names[: _expected_count(config, serves)]
     for name in names:
         if name not in cluster.host_ip:
             raise ConfigError(f"cluster: {name} has no address in cluster.host_ip ({', '.join(cluster.host_ip)})")
     return tuple(Host(rank, name, cluster.host_ip[name], port_of(cluster, name)) for rank, name in enumerate(names))
 
 
-def _expected_count(config: Config) -> int | None:
-    """Ranks that num_workers asks for; mp counts them without the server, which computes there as well."""
+def _expected_count(config: Config, serves: bool) -> int | None:
+    """Ranks that num_workers asks for; None: it is not set."""
     count, server = config.cluster.num_workers, config.cluster.server
     if count is None:
         return None
-    return count + 1 if config.algorithm == "mp" and server is not None else count
+    if not serves and config.algorithm in ("syncps", "edp"):
+        return count + 1
+    return count + 1 if (serves or config.algorithm == "mp") and server is not None else count
 
 
-def _refuse_wrong_count(config: Config, hosts: tuple[Host, ...]) -> None:
-    expected = _expected_count(config)
+def _refuse_wrong_count(config: Config, hosts: tuple[Host, ...], serves: bool) -> None:
+    expected = _expected_count(config, serves)
     if expected is not None and expected != len(hosts):
         counts = "the ranks without the server" if expected != config.cluster.num_workers else "all ranks"
         names = ", ".join(host.name for host in hosts)
+        purpose = "serving" if serves else config.algorithm
         raise ConfigError(
-            f"cluster.num_workers is {config.cluster.num_workers} ({counts}, for {config.algorithm}), "
+            f"cluster.num_workers is {config.cluster.num_workers} ({counts}, for {purpose}), "
             f"but {len(hosts)} machines are named ({names}); make them agree"
         )
 
 
-def _shared_addresses(hosts: tuple[Host, ...]) -> dict[tuple[str, int], list[str]]:
-    by_address: dict[tuple[str, int], list[str]] = {}
-    for host in hosts:
-        by_address.setdefault((host.ip, host.port), []).append(host.name)
+def _refuse_shared_addresses(listening: Mapping[str, tuple[Address, ...]]) -> None:
+    for (ip, port), names in _shared(listening).items():
+        raise ConfigError(f"cluster: {' and '.join(names)} would all listen at {ip} port {port}; give each its own")
+
+
+def _shared(listening: Mapping[str, tuple[Address, ...]]) -> dict[Address, list[str]]:
+    by_address: dict[Address, list[str]] = {}
+    for name, addresses in listening.items():
+        for address in addresses:
+            by_address.setdefault(address, []).append(name)
     return {address: names for address, names in by_address.items() if len(names) > 1}

@@ -1,22 +1,24 @@
 """Reads a configuration from everywhere it may come from, and remembers where each value came from.
 
-Precedence, lowest first: built-in defaults, preset, --config files, --cluster files, environment
-(`SMOLCLUSTER__TRAINING__BATCH_SIZE`), --override and its short forms such as --max-steps. A later source replaces
-single keys of a section; lists, and maps with free keys such as `host_ip`, it replaces whole.
+Precedence, lowest first: built-in defaults, what a file's name or its other keys imply (compat.py), preset, --config
+files, --cluster files, environment (`SMOLCLUSTER__TRAINING__BATCH_SIZE`), --override and its short forms such as
+--max-steps. A later source replaces single keys of a section; lists, and maps with free keys such as `host_ip`, it
+replaces whole.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from smolcluster.config.document import Entry, Source, read_file, read_value
+from smolcluster.config.compat import Translated, model_type_of, translate, with_own_names
+from smolcluster.config.document import Entry, Source, printable, read_file, read_value
 from smolcluster.config.explain import (
     Problem,
     arms,
@@ -28,13 +30,30 @@ from smolcluster.config.explain import (
     section_at,
     source_of,
     type_at,
+    written,
 )
-from smolcluster.config.hosts import address_clashes
-from smolcluster.config.schema import MODEL_KEYS, ClusterConfig, Config, Contradiction
+from smolcluster.config.hosts import address_clashes, readings
+from smolcluster.config.memory import memory_warning
+from smolcluster.config.schema import (
+    MODEL_KEYS,
+    ClusterConfig,
+    Config,
+    Contradiction,
+    resolved_batch_size,
+    resolved_epochs,
+)
+from smolcluster.config.weights import MODEL_WEIGHTS, check_model_weights, is_model_weights
 from smolcluster.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "SMOLCLUSTER__"
-FileKind: TypeAlias = Literal["config", "cluster", "either"]
+# Keys whose null stands for a number, and what gives it.
+_AUTOMATIC = {"training.batch_size": resolved_batch_size, "training.epochs": resolved_epochs}
+# Values that follow from another key where they are not given (schema.py).
+_FOLLOWS = {
+    "data.dataset": "model.type",
+    "data.tokenizer": "model.hf_model_name",
+    "cluster.compression": "cluster.use_quantization",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +62,10 @@ class Resolved:
 
     Attributes:
         config: the values.
-        sources: dotted key → `default`, `preset NAME`, `FILE:LINE`, `environment NAME`, `--override`, or the
-            option's name, such as `--max-steps`. Has every key of the schema, and the entries of maps.
-        warnings: one line each: what is read but probably not meant.
+        sources: dotted key → `default`, `preset NAME`, `FILE:LINE`, `environment NAME`, `--override`, the option's
+            name, such as `--max-steps`, `name of FILE` or `follows KEY`. Has every key of the schema, and the entries
+            of maps.
+        warnings: one line each: what is read but probably not meant, or could be meant otherwise.
     """
 
     config: Config
@@ -68,6 +88,7 @@ def load_config(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
+    base: tuple[Config, str] | None = None,
 ) -> Resolved:
     """Read, merge and validate a configuration.
 
@@ -78,17 +99,18 @@ def load_config(
         overrides: `KEY=VALUE` texts, the key dotted, the value YAML; later ones win.
         flags: dotted key → value of an option that is a short form of an override. None: the option was not given.
         environ: environment variables; None: this process's.
+        base: a configuration that all these are laid over instead of the defaults, and its name, such as a
+            checkpoint's.
 
     Raises:
         ConfigError: one or two lines that name the place, the key and what is accepted.
     """
-    top: Entry | None = None
-    if preset is not None:
-        top = _merge(top, _read_preset(preset))
-    for file in files:
-        top = _merge(top, read_config_file(Path(file), "config"))
-    for file in cluster_files:
-        top = _merge(top, read_config_file(Path(file), "cluster"))
+    read = [] if preset is None else [_read_preset(preset)]
+    read += [read_config_file(Path(file)) for file in files]
+    read += [read_config_file(Path(file), is_cluster=True) for file in cluster_files]
+    top = None if base is None else _base(*base)
+    for part in read:
+        top = _merge(top, part.entry)
     for path, entry in _environment(os.environ if environ is None else environ):
         top = _assign(top, path, entry)
     overridden: Entry | None = None
@@ -99,25 +121,31 @@ def load_config(
         if value is not None:
             _refuse_difference(key, value, overridden)
             top = _assign(top, _path(key), _entry(value, Source(flag_name(key))))
-    return _resolve(top if top is not None else Entry({}, Source("default")))
+    return _resolve(*_completed(top if top is not None else Entry({}, Source("default")), read))
 
 
 def check_file(file: str | Path) -> FileReport:
     """Judge one file on its own, over the built-in defaults; a cluster file is known by its keys."""
+    path = Path(file)
     try:
-        entry = _merge(None, read_config_file(Path(file), "either"))
+        if is_model_weights(path.stem):
+            return FileReport(tuple(map(str, check_model_weights(read_file(path)))), ())
+        read = read_config_file(path)
+        entry, notes = _completed(_merge(None, read.entry), [read])
     except ConfigError as error:
         return FileReport((str(error),), ())
     config, found = _validate(entry, complete=False)
     if config is None or found:
         return FileReport(tuple(map(str, found)), ())
-    return FileReport((), tuple(map(str, _warnings(config, entry))))
+    warnings = in_order([*notes, *_automatic(config, entry), *_warnings(config, entry)])
+    return FileReport((), tuple(map(str, warnings)))
 
 
 def preset_names() -> list[str]:
-    """Names of all presets, sorted."""
+    """Names of all presets, sorted. `model_weights` lies beside them and is none: it configures no run."""
     folder = resources.files("smolcluster.config") / "presets"
-    return sorted(item.name[: -len(".yaml")] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    names = (item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(name for name in names if name != MODEL_WEIGHTS)
 
 
 def preset_text(name: str) -> str:
@@ -139,30 +167,45 @@ def flag_name(key: str) -> str:
     return "--" + key.rsplit(".", 1)[-1].replace("_", "-")
 
 
-def read_config_file(path: Path, kind: FileKind) -> Entry:
+def read_config_file(path: Path, is_cluster: bool = False) -> Translated:
     """Read one YAML file and bring it into the shape of the schema. Not validated yet.
 
-    The spec's other spellings (flat model files, old names) are to be translated here, between reading and merging.
+    Args:
+        path: the file.
+        is_cluster: all keys outside sections belong to `cluster`; else only where one of them is a key of it.
 
     Raises:
-        ConfigError: the file is missing, or not a YAML mapping.
+        ConfigError: the file is missing, not a YAML mapping, or no configuration of a run.
     """
-    return _shaped(read_file(path), kind)
+    if is_model_weights(path.stem):
+        raise ConfigError(f"{path}: lists published weights (serving.weights_model_name); it configures no run")
+    read = translate(read_file(path), path.stem, f"name of {path}")
+    return replace(read, entry=_shaped(read.entry, is_cluster))
 
 
 # --- sources of values
 
 
-def _read_preset(name: str) -> Entry:
-    text = preset_text(name)
-    return _shaped(read_value(text, f"preset {name}"), "either")
+def _read_preset(name: str) -> Translated:
+    where = f"preset {name}"
+    read = translate(read_value(preset_text(name), where), name, f"name of {where}")
+    # How the texts that we ship are read is for their comments: whoever uses one did not write it.
+    quiet = tuple(replace(item, note=None) for item in read.implied)
+    return Translated(_shaped(read.entry, is_cluster=False), quiet)
 
 
-def _shaped(entry: Entry, kind: FileKind) -> Entry:
+def _base(config: Config, name: str) -> Entry:
+    """All values of a configuration as one source. Without what its model has no use for: that would only warn."""
+    values = config.model_dump(mode="json")
+    used = MODEL_KEYS.get(config.model.type, values["model"])
+    values["model"] = {key: value for key, value in values["model"].items() if key in used}
+    return _entry(values, Source(name))
+
+
+def _shaped(entry: Entry, is_cluster: bool) -> Entry:
     """Put the keys of a flat cluster file under `cluster`."""
     keys = entry.mapping()
-    is_cluster_key = {key: key in ClusterConfig.model_fields and key not in Config.model_fields for key in keys}
-    if kind == "config" or (kind == "either" and not any(is_cluster_key.values())):
+    if not is_cluster and not any(key in ClusterConfig.model_fields for key in keys):
         return entry
     flat = {key: below for key, below in keys.items() if key not in Config.model_fields}
     if not flat:
@@ -275,15 +318,31 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+def _completed(top: Entry, read: Sequence[Translated]) -> tuple[Entry, list[Problem]]:
+    """The merged sources with what they imply, under the schema's names; and how that was read."""
+    notes = [note for part in read for note in part.notes]
+    for item in reversed([item for part in read for item in part.implied]):
+        if top.at(item.path) is None:
+            top = _assign(top, item.path, item.entry)
+            notes += [] if item.note is None else [item.note]
+    top, renamed = with_own_names(top)
+    return top, [*notes, *filter(_is_the_users, renamed)]
+
+
+def _is_the_users(problem: Problem) -> bool:
+    return problem.source is None or not problem.source.where.startswith("preset ")
+
+
 # --- judging
 
 
-def _resolve(top: Entry) -> Resolved:
+def _resolve(top: Entry, notes: Sequence[Problem]) -> Resolved:
     config, found = _validate(top, complete=True)
     if config is None or found:
         more = f"\nand {len(found) - 1} more (smolcluster config check FILE lists all of a file)" if found[1:] else ""
         raise ConfigError(f"{found[0]}{more}")
-    return Resolved(config, dict(_sources(top)), tuple(map(str, _warnings(config, top))))
+    warnings = in_order([*notes, *_warnings(config, top)])
+    return Resolved(config, dict(_sources(config, top)), tuple(map(str, warnings)))
 
 
 def _validate(top: Entry, complete: bool) -> tuple[Config | None, list[Problem]]:
@@ -303,27 +362,39 @@ def _given_in(top: Entry) -> Callable[[str], bool]:
 
 def _contradiction(contradiction: Contradiction, top: Entry) -> Problem:
     """Reported at its first key that was written anywhere; another key's place stands behind if it is elsewhere."""
-    text = f"{contradiction.keys[0]}: {contradiction.text}"
-    written = {key: entry.source for key in contradiction.keys if (entry := top.at(key.split("."))) is not None}
-    if not written:
+    text = f"{written(contradiction.keys[0].split('.'), top)}: {contradiction.text}"
+    given = {key: entry.source for key in contradiction.keys if (entry := top.at(key.split("."))) is not None}
+    if not given:
         return Problem(None, text)
-    key, *others = written
-    behind = [f"{other}: {written[other]}" for other in others if written[other].where != written[key].where]
-    return Problem(written[key], f"{text} ({', '.join(behind)})" if behind else text)
+    key, *others = given
+    behind = [f"{other}: {given[other]}" for other in others if given[other].where != given[key].where]
+    return Problem(given[key], f"{text} ({', '.join(behind)})" if behind else text)
 
 
-def _sources(top: Entry, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+def _sources(config: Config, top: Entry, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     section = section_at(path)
     assert section is not None
     for name in section.model_fields:
         below = (*path, name)
         if _is_section(type_at(below)):
-            yield from _sources(top, below)
+            yield from _sources(config, top, below)
             continue
         entry = top.at(below)
-        yield dotted(below), "default" if entry is None else str(entry.source)
-        if entry is not None:
-            yield from _sources_of_map(entry, below)
+        if entry is None:
+            yield dotted(below), _unset(config, below)
+            continue
+        yield dotted(below), str(entry.source)
+        yield from _sources_of_map(entry, below)
+
+
+def _unset(config: Config, path: Sequence[str]) -> str:
+    """Where the value of a key comes from that nobody has given."""
+    key = dotted(path)
+    if key not in _FOLLOWS:
+        return "default"
+    section = getattr(config, path[0])
+    is_default = getattr(section, path[1]) == type(section).model_fields[path[1]].default
+    return "default" if is_default else f"follows {_FOLLOWS[key]}"
 
 
 def _sources_of_map(entry: Entry, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -336,16 +407,44 @@ def _sources_of_map(entry: Entry, path: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _warnings(config: Config, top: Entry) -> list[Problem]:
-    found = [Problem(source_of(path, top), text) for path, text in address_clashes(config.cluster)]
-    model, cluster = config.model, config.cluster
-    model_layers, cluster_layers = top.at(("model", "num_layers")), top.at(("cluster", "num_layers"))
-    if model_layers is not None and cluster_layers is not None and model.num_layers != cluster.num_layers:
-        text = f"cluster.num_layers: {cluster.num_layers} is ignored, model.num_layers {model.num_layers} counts"
-        found.append(Problem(cluster_layers.source, text))
+    # A file for serving names no algorithm, but ports of the serving process.
+    serves = top.at(("algorithm",)) is None and top.at(("cluster", "web_interface")) is not None
+    read = [Problem(source_of(path, top), text) for path, text in readings(config, serves)]
+    found = [*filter(_is_the_users, read), *_repeated(config, top)]
+    found += [Problem(source_of(path, top), text) for path, text in address_clashes(config, serves)]
     min_lr = top.at(("lr_schedule", "min_lr"))
     if min_lr is not None and config.lr_schedule.kind == "constant" and config.lr_schedule.min_lr:
         found.append(Problem(min_lr.source, "lr_schedule.min_lr: has no effect with lr_schedule.kind constant"))
+    too_large = memory_warning(config)
+    if too_large is not None:
+        found.append(Problem(source_of(("model",), top), too_large))
     return in_order([*found, *_idle_model_keys(config, top)])
+
+
+def _repeated(config: Config, top: Entry) -> Iterator[Problem]:
+    """Keys of a cluster file that repeat what the model's section says, and say something else."""
+    layers, name = top.at(("cluster", "num_layers")), top.at(("cluster", "model_name"))
+    if layers is not None and top.at(("model", "num_layers")) is not None:
+        model_layers, cluster_layers = config.model.num_layers, config.cluster.num_layers
+        if cluster_layers is not None and model_layers != cluster_layers:
+            text = f"cluster.num_layers: {cluster_layers} is ignored, model.num_layers {model_layers} counts"
+            yield Problem(layers.source, text)
+    model_name, kind = config.cluster.model_name, config.model.type
+    if name is None or model_name is None or top.at(("model", "type")) is None or model_type_of(model_name) == kind:
+        return
+    text = f"cluster.model_name: {printable(model_name)} is ignored, model.type {kind} counts"
+    yield Problem(name.source, text)
+
+
+def _automatic(config: Config, top: Entry) -> Iterator[Problem]:
+    """What null means for the keys where it stands for a number that follows from others."""
+    for key, resolved in _AUTOMATIC.items():
+        entry = top.at(key.split("."))
+        if entry is None or entry.value is not None:
+            continue
+        if key == "training.epochs" and config.training.max_steps is not None:
+            continue
+        yield Problem(entry.source, f"{written(key.split('.'), top)}: null is read as {resolved(config)}")
 
 
 def _idle_model_keys(config: Config, top: Entry) -> Iterator[Problem]:

@@ -11,6 +11,7 @@ import ipaddress
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from annotated_types import Ge, Gt, Le
@@ -29,7 +30,8 @@ from pydantic_core import PydanticCustomError
 from smolcluster.kinds import Algorithm, Backend, Compression, Precision
 
 LANGUAGE_MODELS = ("gpt", "moe", "hf")
-TEXT_DATASETS = ("wikitext2", "snli", "text", "pydoc")
+FILE_DATASETS = ("text", "jsonl", "parquet")  # read from data.path
+TEXT_DATASETS = ("wikitext2", "snli", "pydoc", *FILE_DATASETS)
 IMAGE_DATASETS = ("mnist", "digits")
 
 _GPT_KEYS = frozenset(
@@ -38,11 +40,14 @@ _GPT_KEYS = frozenset(
 # Keys of `model` that have an effect, by built-in type.
 MODEL_KEYS = {
     "simple_nn": frozenset(("type", "input_dim", "hidden", "out", "init")),
-    "gpt": _GPT_KEYS,
+    "gpt": _GPT_KEYS | {"hf_model_name"},
     "moe": _GPT_KEYS | {"num_experts", "top_k", "capacity_factor", "aux_loss_weight"},
     "hf": frozenset(("type", "hf_model_name", "init", "max_seq_len")),
 }
 
+
+# What a folder of transformers has beside a model that reads text, whatever the kind of tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 # --- types of values
 
@@ -144,9 +149,9 @@ class ModelConfig(Section):
     """gpt, moe: number of token ids. null: the tokenizer's."""
 
     hf_model_name: str | None = None
-    """hf: Hugging Face id or local folder of the model."""
+    """hf: Hugging Face id or local folder of the model; gpt with `init: pretrained`: of a GPT-2."""
     init: Literal["random", "pretrained"] = "random"
-    """Start from random weights, or (hf only) from the published ones."""
+    """Start from random weights, or (hf, gpt) from the published ones of `hf_model_name`."""
 
     num_experts: PositiveInt = 8
     """moe: experts per block, spread over the ranks by `ep`."""
@@ -212,17 +217,19 @@ class DataConfig(Section):
     """What it is trained on."""
 
     dataset: str = "mnist"
-    """`mnist`, `digits`, `wikitext2`, `snli`, `text` (the file `path`), `pydoc` (text that ships with Python), or a
-    Hugging Face id. Not set: mnist, for language models wikitext2."""
+    """`mnist`, `digits`, `wikitext2`, `snli`, `pydoc` (text that ships with Python), `text`, `jsonl` or `parquet` (the
+    file or folder `path`), or a Hugging Face id. Not set: mnist, for language models wikitext2."""
     path: str | None = None
-    """File (or folder) that the data is read from, relative to the working directory. Needed for `text`."""
+    """File or folder that the data is read from, relative to the working directory. Needed for `text`, `jsonl` and
+    `parquet`."""
     text_column: str | None = None
     """Column (JSON key) that holds the text, for Hugging Face datasets and for jsonl and parquet files. null: `text`,
     else the only column of texts."""
     train_split: str = "train"
     """Name of the split that is trained on."""
     tokenizer: str = "bytes"
-    """Turns text into token ids: `bytes` (256 ids, built in), a folder or file, or a Hugging Face id."""
+    """Turns text into token ids: `bytes` (256 ids, built in), a folder or file, or a Hugging Face id. Not set: the
+    model's own for model.type hf and for a pretrained gpt, else bytes."""
     streaming: bool = False
     """Read the data while training instead of loading it first: for data larger than memory."""
 
@@ -320,17 +327,19 @@ class ClusterConfig(Section):
     seed: NonNegativeInt = 42
     """Seed of weights, data order and dropout. Same seed, same run."""
     num_workers: PositiveInt | None = None
-    """Number of ranks; for edp, syncps and mp without the server. null: as many as the hosts below. `--local N`
-    replaces it."""
+    """Number of ranks; for edp, syncps, mp and serving without the server. null: as many as the hosts below.
+    `--local N` replaces it."""
 
     host_ip: dict[HostName, Address] = {}
-    """Host name → address. The order is the rank order where `workers` is not set."""
+    """Host name → address. The order is the rank order where `workers` is not set. Of a worker also the address of the
+    server, at which it then reaches it."""
     port: Port | dict[HostName, Port] = 65432
     """TCP port of all hosts, or host name → port with `default` for the others."""
     server: HostName | None = None
     """Name of the server (edp, syncps), or of rank 0. Must be a key of host_ip."""
     workers: tuple[HostName, ...] | None = None
-    """Names of the workers in rank order. Must be keys of host_ip. null: the hosts after the server."""
+    """Names of the workers in rank order. Must be keys of host_ip. null: the first other hosts of host_ip, after the
+    server."""
     allToAllTopology: AllToAllTopology | None = None  # noqa: N815 - the spec's own key name
     """Ranks with name, address and port, for algorithms without a server."""
     interface: str | None = None
@@ -363,6 +372,9 @@ class ClusterConfig(Section):
     buffer_size: PositiveInt | dict[HostName, PositiveInt] | None = None
     """Socket buffers in MiB, both directions, for all hosts or per host. null, or a host that is not in the map: the
     kernel tunes them."""
+    memory: Positive | dict[HostName, Positive] | None = None
+    """Memory of the machines in GiB, for all hosts or per host; only for the warning that a model will not fit. null,
+    or a host that is not in the map: as much as this machine."""
     shared_memory: Literal["auto", "off"] = "auto"
     """Exchange in shared memory between ranks of one host where it can."""
     tls: bool = False
@@ -376,9 +388,9 @@ class ClusterConfig(Section):
     num_nodes: PositiveInt | None = None
     """Number of machines, as the spec's files repeat it; the hosts decide."""
     num_layers: PositiveInt | None = None
-    """Number of layers, as the spec's files repeat it; model.num_layers wins."""
+    """Number of layers beside `model_name`, where model.num_layers is not given."""
     model_name: str | None = None
-    """Name of the architecture, as the spec's files repeat it; model.type wins."""
+    """Name of the architecture, such as `causal_gpt2`, where model.type is not given."""
     web_interface: WebInterface = WebInterface()
     """Ports of the serving process."""
     ssh: dict[HostName, SshHost] = {}
@@ -488,12 +500,16 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_what_follows(cls, values: Any) -> Any:
-        """Set data.dataset and cluster.compression where they are not given but follow from other keys."""
+        """Set data.dataset, data.tokenizer and cluster.compression where they are not given but follow from others."""
         if not isinstance(values, dict):
             return values
         filled = dict(values)
-        if _given(values, "model", "type") in LANGUAGE_MODELS:
+        kind, name = _given(values, "model", "type"), _given(values, "model", "hf_model_name")
+        if kind in LANGUAGE_MODELS:
             _fill(filled, "data", "dataset", "wikitext2")
+        takes_weights = kind == "hf" or (kind == "gpt" and _given(values, "model", "init") == "pretrained")
+        if takes_weights and isinstance(name, str) and _has_tokenizer(name):
+            _fill(filled, "data", "tokenizer", name)
         if _given(values, "cluster", "use_quantization") in (True, "true", "yes", "on", 1):
             _fill(filled, "cluster", "compression", "int8")
         return filled
@@ -522,6 +538,12 @@ def _fill(values: dict[str, Any], section: str, key: str, value: str) -> None:
         values[section] = part.model_copy(update={key: value})
     elif isinstance(part, dict) and key not in part:
         values[section] = {**part, key: value}
+
+
+def _has_tokenizer(hf_model_name: str) -> bool:
+    """Whether a model brings a tokenizer: every id does, a local folder where the files are there."""
+    folder = Path(hf_model_name).expanduser()
+    return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def problem(text: str) -> PydanticCustomError:
@@ -568,12 +590,16 @@ def _model_contradictions(config: Config) -> Iterator[Contradiction]:
         )
     if model.type == "hf" and not model.hf_model_name:
         yield Contradiction(("model.type", "model.hf_model_name"), "hf needs model.hf_model_name (id or folder)")
-    if model.init == "pretrained" and model.type != "hf":
+    if model.init == "pretrained" and model.type not in ("hf", "gpt"):
         yield Contradiction(
-            ("model.init", "model.type"), f"pretrained needs model.type hf, but model.type is {model.type}"
+            ("model.init", "model.type"), f"pretrained needs model.type hf or gpt, but model.type is {model.type}"
         )
-    if data.dataset == "text" and not data.path:
-        yield Contradiction(("data.dataset", "data.path"), "text needs data.path (the text file)")
+    if model.init == "pretrained" and model.type == "gpt" and not model.hf_model_name:
+        yield Contradiction(
+            ("model.init", "model.hf_model_name"), "pretrained needs model.hf_model_name (id or folder of a GPT-2)"
+        )
+    if data.dataset in FILE_DATASETS and not data.path:
+        yield Contradiction(("data.dataset", "data.path"), f"{data.dataset} needs data.path (a file or folder)")
     wants = "text" if model.type in LANGUAGE_MODELS else "images" if model.type == "simple_nn" else None
     has = "text" if data.dataset in TEXT_DATASETS else "images" if data.dataset in IMAGE_DATASETS else None
     if wants and has and wants != has:

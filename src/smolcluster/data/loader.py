@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import count
 from types import TracebackType
+from typing import TypeAlias
 
 import torch
 
 from smolcluster.data.batch import Batch
 from smolcluster.data.datasets import Dataset
 from smolcluster.data.sampler import Sampler, split_by_shares
+from smolcluster.kinds import JsonObject
+from smolcluster.telemetry import LOADER, Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,10 @@ JOIN_TIMEOUT = 5.0
 WAIT_SLICE = 0.5
 
 
+# One rank's micro-batches of a step, and the position behind it: what a run that goes on there has to be told.
+Step: TypeAlias = "tuple[list[Batch], JsonObject]"
+
+
 class BatchLoader:
     """Iterates over the steps of one rank: `next()` gives a step's micro-batches.
 
@@ -34,32 +42,21 @@ class BatchLoader:
     Close it (or use `with`); it also ends by itself after the last step. For one consuming thread.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        sampler: Sampler,
-        rank: int,
-        micro_batches: int = 1,
-        start_step: int = 0,
-        max_steps: int | None = None,
-    ) -> None:
+    def __init__(self, steps: Iterable[Step], start: JsonObject, rank: int, global_batch: int) -> None:
         """Describe the batches; nothing is loaded yet.
 
         Args:
-            dataset: where samples come from; its `batch` runs on the loader's thread.
-            sampler: which samples each step takes.
-            rank: whose part of them.
-            micro_batches: parts that a step's samples are split into, as equal as they can be. A step with fewer
-                samples has fewer, a step without any has one with 0 samples.
-            start_step: number of the first step; of a resumed run the first that is not done.
-            max_steps: number of steps of the whole run: the last step is max_steps - 1. None: without end.
+            steps: makes the steps, on the loader's thread: `sampled_steps` or `streamed_steps`.
+            start: the position before the first of them.
+            rank: whose they are, for the thread's name.
+            global_batch: samples of a step over all ranks, for those who ask.
         """
-        self._dataset = dataset
-        self._sampler = sampler
+        self.global_batch = global_batch
+        self.telemetry: Telemetry | None = None  # set before the first step: a trace then shows when steps were made
+        self._steps = iter(steps)
         self._rank = rank
-        self._micro_batches = micro_batches
-        self._steps = count(start_step) if max_steps is None else iter(range(start_step, max_steps))
-        self._ready: deque[list[Batch]] = deque()
+        self._position = start
+        self._ready: deque[Step] = deque()
         self._depth = MIN_PREFETCHED_STEPS
         self._finished = False
         self._closed = False
@@ -91,7 +88,7 @@ class BatchLoader:
             while not (self._ready or self._finished or self._closed):
                 self._changed.wait(WAIT_SLICE)
             if self._ready and not self._closed:
-                micro_batches = self._ready.popleft()
+                micro_batches, self._position = self._ready.popleft()
                 if len(self._ready) <= self._depth // 2:  # one wake-up for half of what may be ready
                     self._changed.notify_all()
                 return micro_batches
@@ -99,6 +96,10 @@ class BatchLoader:
         if self._error is not None:
             raise self._error
         raise StopIteration
+
+    def position(self) -> JsonObject:
+        """Where a run goes on that has done all steps given so far. What was prepared ahead does not count."""
+        return self._position
 
     def close(self) -> None:
         """Stop the thread and join it; what it prepared is dropped. Blocks until the batch in work is made."""
@@ -109,7 +110,7 @@ class BatchLoader:
         if self._thread is not None:
             self._thread.join(JOIN_TIMEOUT)
             if self._thread.is_alive():
-                logger.warning("loader still in dataset=%s after=%ss", self._dataset.name, JOIN_TIMEOUT)
+                logger.warning("loader still makes a batch rank=%d after=%ss", self._rank, JOIN_TIMEOUT)
 
     def _start(self) -> None:
         if self._thread is None and not self._closed:
@@ -119,34 +120,60 @@ class BatchLoader:
 
     def _run(self) -> None:
         try:
-            for step in self._steps:
-                with self._changed:
-                    if len(self._ready) >= self._depth:
-                        self._changed.wait_for(lambda: len(self._ready) <= self._depth // 2 or self._closed)
-                    if self._closed:
-                        return
-                micro_batches = self._load(step)
-                nbytes = sum(batch.inputs.nbytes + batch.targets.nbytes for batch in micro_batches)
+            while self._wait_for_room():
+                with nullcontext() if self.telemetry is None else self.telemetry.traced("load", LOADER):
+                    step = next(self._steps, None)
+                if step is None:
+                    return
+                nbytes = sum(batch.inputs.nbytes + batch.targets.nbytes for batch in step[0])
                 with self._changed:
                     fitting = PREFETCHED_BYTES // max(nbytes, 1)
                     self._depth = max(MIN_PREFETCHED_STEPS, min(MAX_PREFETCHED_STEPS, fitting))
                     if not self._closed:
-                        self._ready.append(micro_batches)
+                        self._ready.append(step)
                         if len(self._ready) == 1:  # only then can somebody be waiting
                             self._changed.notify_all()
         except Exception as error:  # noqa: BLE001 - a thread's top: kept for the consumer, which raises it
             self._error = error
         finally:
+            self._steps = iter(())  # closes the files that it holds open
             with self._changed:
                 self._finished = True
                 self._changed.notify_all()
 
-    def _load(self, step: int) -> list[Batch]:
-        planned = self._dataset.targets_per_sample(self._sampler.global_indices(step))
-        indices = self._sampler.rank_indices(step, self._rank)
-        parts = max(1, min(self._micro_batches, len(indices)))
+    def _wait_for_room(self) -> bool:
+        """Block while enough steps are ready; False once the loader is closed."""
+        with self._changed:
+            if len(self._ready) >= self._depth:
+                self._changed.wait_for(lambda: len(self._ready) <= self._depth // 2 or self._closed)
+            return not self._closed
+
+
+def sampled_steps(
+    dataset: Dataset,
+    sampler: Sampler,
+    rank: int,
+    micro_batches: int = 1,
+    start_step: int = 0,
+    max_steps: int | None = None,
+) -> Iterator[Step]:
+    """The steps of one rank over a split in memory.
+
+    Args:
+        dataset: where samples come from.
+        sampler: which samples each step takes.
+        rank: whose part of them.
+        micro_batches: parts that a step's samples are split into, as equal as they can be. A step with fewer
+            samples has fewer, a step without any has one with 0 samples.
+        start_step: number of the first step; of a resumed run the first that is not done.
+        max_steps: number of steps of the whole run: the last step is max_steps - 1. None: without end.
+    """
+    for step in count(start_step) if max_steps is None else range(start_step, max_steps):
+        planned = dataset.targets_per_sample(sampler.global_indices(step))
+        indices = sampler.rank_indices(step, rank)
+        parts = max(1, min(micro_batches, len(indices)))
         pieces = torch.split(indices, split_by_shares(len(indices), [1.0] * parts))
-        return [Batch(*self._dataset.batch(piece), planned_count=planned) for piece in pieces]
+        yield [Batch(*dataset.batch(piece), planned_count=planned) for piece in pieces], {"step": step + 1}
 
 
 def eval_batches(dataset: Dataset, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
@@ -165,4 +192,5 @@ def eval_batches(dataset: Dataset, batch_size: int, rank: int = 0, world_size: i
         end = min(start + batch_size * world_size, len(dataset))
         counts = split_by_shares(end - start, [1.0] * world_size)
         first = start + sum(counts[:rank])
-        yield Batch(*dataset.batch(torch.arange(first, first + counts[rank])))
+        indices = torch.arange(first, first + counts[rank])
+        yield Batch(*dataset.batch(indices), graded=dataset.graded(indices))

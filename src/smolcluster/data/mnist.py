@@ -9,8 +9,6 @@ import gzip
 import hashlib
 import io
 import logging
-import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smolcluster.data.download import fetch_url, keep_file
 from smolcluster.data.root import ENVIRONMENT_KEY
 from smolcluster.errors import DataError
 
@@ -35,21 +34,8 @@ UNPACKED_SHA256 = {
     "t10k-images-idx3-ubyte.gz": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte.gz": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-MAX_PACKED_BYTES = 16 * 2**20  # the largest file has 9.9 MB
 MAX_UNPACKED_BYTES = 64 * 2**20  # the largest has 47 MB; a file that unpacks to more is not MNIST
-DOWNLOAD_TIMEOUT = 30.0  # per read; a mirror that is silent for longer is given up
 UNSIGNED_BYTE = 8  # idx's code for the only element type that MNIST has
-
-
-def fetch_url(url: str) -> bytes:
-    """The body behind an https address, at most MAX_PACKED_BYTES; blocks. OSError when it cannot be had."""
-    import urllib.request  # pulls in http, ssl and email: 50 ms that only a download has to pay
-
-    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-        body: bytes = response.read(MAX_PACKED_BYTES + 1)
-    if len(body) > MAX_PACKED_BYTES:
-        raise OSError(f"more than {MAX_PACKED_BYTES} bytes")
-    return body
 
 
 def read_mnist(part: str, folder: Path, fetch: Callable[[str], bytes] = fetch_url) -> tuple[Tensor, Tensor]:
@@ -98,7 +84,7 @@ def _find(path: Path, fetch: Callable[[str], bytes]) -> bytes:
         if hashlib.sha256(unpacked).hexdigest() != UNPACKED_SHA256[path.name]:
             failures.append(f"{mirror}: not the known file (sha256 differs)")
             continue
-        _keep(packed, path)
+        keep_file(packed, path)
         logger.info("downloaded file=%s from=%s bytes=%d", path, mirror, len(packed))
         return unpacked
     raise DataError(
@@ -113,26 +99,6 @@ def _unpack(packed: bytes) -> bytes:
     if len(unpacked) > MAX_UNPACKED_BYTES:
         raise OSError(f"unpacks to more than {MAX_UNPACKED_BYTES} bytes")
     return unpacked
-
-
-def _keep(packed: bytes, path: Path) -> None:
-    """Write under a name of its own and rename: ranks that download at the same time never see half a file."""
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(packed)
-        os.replace(temporary, path)
-    except OSError as exc:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if path.is_file():
-            return  # Windows refuses to replace a file that another rank, which was faster, is reading
-        raise DataError(
-            f"{path.name} was downloaded but cannot be written to {path.parent} ({exc}). Set {ENVIRONMENT_KEY} to a "
-            "folder that you may write to"
-        ) from exc
 
 
 def _read_idx(unpacked: bytes, path: Path, dims: int) -> Tensor:

@@ -37,12 +37,10 @@ class Sampler:
         """
         if length < 1:
             raise DataError("the dataset has no samples to train on. Choose another data.dataset or data.path")
-        if global_batch < 1:
-            raise ConfigError(f"the global batch is {global_batch} samples; training.batch_size must be at least 1")
         self.length = length
-        self.global_batch = global_batch
+        self.global_batch = checked_global_batch(global_batch)
         self.seed = seed
-        self.weights = _checked_weights([1.0] * shares if isinstance(shares, int) else shares)
+        self.weights = checked_weights([1.0] * shares if isinstance(shares, int) else shares)
         self._epoch_order: tuple[int, Tensor] | None = None  # replaced whole: safe between threads
 
     @property
@@ -76,13 +74,15 @@ class Sampler:
         return cached[1]
 
 
-def seeded_permutation(length: int, seed: int, epoch: int) -> Tensor:
+def seeded_permutation(length: int, *key: int) -> Tensor:
     """A permutation of 0 to length - 1, (length,) int64, the same on every platform and version of torch and numpy.
+
+    `key` is what it is drawn from: the seed, the epoch, and whatever else shall make it another one.
 
     It sorts raw 64-bit words of Philox, a stream that numpy keeps fixed. `torch.randperm` promises nothing from
     version to version, and the machines of one cluster need not run the same one.
     """
-    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
+    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(length)
     return torch.from_numpy(np.argsort(words, kind="stable").astype(np.int64, copy=False))
 
@@ -102,7 +102,15 @@ def split_by_shares(count: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+def checked_global_batch(global_batch: int) -> int:
+    """The number itself, or ConfigError."""
+    if global_batch < 1:
+        raise ConfigError(f"the global batch is {global_batch} samples; training.batch_size must be at least 1")
+    return global_batch
+
+
+def checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Shares that samples can be dealt by, or ConfigError."""
     valid = all(math.isfinite(weight) and weight >= 0 for weight in weights)
     if not weights or not valid or not any(weight > 0 for weight in weights):
         raise ConfigError(

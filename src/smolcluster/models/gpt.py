@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.models.init import InitRule, init_parameters
+from smolcluster.models.sampling import sample_tokens
 
 NORM_EPS = 1e-5  # GPT-2's; another value gives other logits from the same weights
 # GPT-2's. With a tied head, torch's default of 1 for embeddings makes denormals, and a CPU step 12 times slower.
@@ -179,7 +180,6 @@ class GPT(nn.Module):
         """(..., D) to logits (..., V), with the token embedding as the matrix: the weights are tied."""
         return F.linear(x_BTD, self.token_embedding.weight)
 
-    @torch.no_grad()
     def generate(
         self,
         tokens_BT: Tensor,
@@ -188,35 +188,17 @@ class GPT(nn.Module):
         top_k: int | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Continue each sequence, token by token. Plain: every token runs the whole context again (no KV cache).
-
-        Blocks; dropout is off meanwhile. A context longer than max_seq_len is cut to its last max_seq_len tokens.
-
-        Args:
-            tokens_BT: (B, T) int64 on the model's device, T at least 1.
-            max_new_tokens: how many to append.
-            temperature: divides the logits; 0 takes the likeliest token always.
-            top_k: sample from the k likeliest tokens; None: from all.
-            seed: of the sampling; the same on every device, as tokens are drawn on the CPU.
-
-        Returns:
-            (B, T + max_new_tokens), the given tokens first.
-
-        Raises:
-            ConfigError: no token to continue from, a negative temperature, or top_k below 1.
-        """
-        _check_sampling(tokens_BT, temperature, top_k)
-        generator = torch.Generator(device="cpu").manual_seed(seed)
-        was_training = self.training
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                last_BD = self.hidden(tokens_BT[:, -self.config.max_seq_len :])[:, -1]
-                next_B = _sample(self.head(last_BD).float().cpu(), temperature, top_k, generator)
-                tokens_BT = torch.cat([tokens_BT, next_B[:, None].to(tokens_BT)], dim=1)
-        finally:
-            self.train(was_training)
-        return tokens_BT
+        """Continue each sequence (B, T) by `max_new_tokens`; see `sample_tokens`."""
+        return sample_tokens(
+            self,
+            lambda context_BT: self.head(self.hidden(context_BT)[:, -1]),
+            tokens_BT,
+            max_new_tokens,
+            max_seq_len=self.config.max_seq_len,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
 
     def export_state_dict(self) -> dict[str, Tensor]:
         """The weights under GPT-2's names and in its layout, as transformers' GPT2LMHeadModel.state_dict().
@@ -270,28 +252,6 @@ def _plain_rule(name: str) -> InitRule:
     if name.endswith("norm.weight"):
         return InitRule("ones")
     return InitRule("normal", INIT_STD)
-
-
-def _check_sampling(tokens_BT: Tensor, temperature: float, top_k: int | None) -> None:
-    if tokens_BT.dim() != 2 or tokens_BT.shape[1] == 0:
-        raise ConfigError(
-            f"generate needs tokens of shape (B, T) with T at least 1, got {tuple(tokens_BT.shape)}. "
-            "Give a prompt of at least one token; for one sequence, tokens[None]"
-        )
-    if temperature < 0.0:
-        raise ConfigError(f"temperature is {temperature}; it must be at least 0 (0: always the likeliest token)")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k is {top_k}; it must be at least 1, or None to sample from all tokens")
-
-
-def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    if temperature == 0.0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / temperature
-    if top_k is not None:
-        kept_BV, ids_BV = logits_BV.topk(min(top_k, logits_BV.shape[-1]), dim=-1)
-        logits_BV = torch.full_like(logits_BV, float("-inf")).scatter(-1, ids_BV, kept_BV)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
 def _export_names(num_layers: int) -> Iterator[tuple[str, str, bool]]:

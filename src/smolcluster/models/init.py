@@ -73,11 +73,16 @@ def draw_parameter(full_name: str, shape: Sequence[int], rule: InitRule, seed: i
         return values.zero_()
     if rule.kind == "ones":
         return values.fill_(1.0)
-    digest = hashlib.sha256(f"{seed}:{full_name}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little"))
+    generator = torch.Generator(device="cpu").manual_seed(named_seed(full_name, seed))
     if rule.kind == "normal":
         return values.normal_(0.0, rule.scale, generator=generator)
     return values.uniform_(-rule.scale, rule.scale, generator=generator)
+
+
+def named_seed(full_name: str, seed: int) -> int:
+    """The seed of whatever bears this name in a run with this seed: 64 bits."""
+    digest = hashlib.sha256(f"{seed}:{full_name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def _rule_for(module: nn.Module, name: str) -> InitRule | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -44,8 +46,26 @@ class MetricsFile:
             ) from exc
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file. What a full disk did not take is tried once more, and then given up: `write` has told."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def keep_rows_before(path: Path, step: int) -> None:
+    """Drop the rows of `step` and later ones: a run that goes on from a checkpoint writes them again. Atomic.
+
+    Raises:
+        OSError: the file cannot be rewritten.
+    """
+    shorter = path.with_name(path.name + ".tmp")
+    with shorter.open("w", encoding="utf-8", newline="\n") as file:
+        for row in read_rows(path):
+            number = row.get("step")
+            if isinstance(number, int) and number < step:
+                file.write(json_line(row))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(shorter, path)
 
 
 def json_line(value: JsonValue) -> str:

@@ -26,7 +26,7 @@ _RATE_DECAY = 0.9
 
 
 class Reporter(Protocol):
-    """Where progress goes. All calls come from one thread."""
+    """Where progress goes. `note` may be called from any thread, the others from one."""
 
     def note(self, text: str) -> None:
         """Something happened that the user should know."""

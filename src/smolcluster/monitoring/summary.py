@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from smolcluster.errors import TrainingStopped
 from smolcluster.kinds import JsonObject, JsonValue
 
 RUN_KEYS = (
@@ -46,7 +48,19 @@ def build_summary(run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, Jso
 
 
 def write_summary(path: Path, summary: JsonObject) -> None:
-    """Write it whole or not at all: a reader never sees half a file."""
+    """Write it whole or not at all: a reader never sees half a file.
+
+    Raises:
+        TrainingStopped: the disk is full or the file cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise TrainingStopped(
+            f"the summary cannot be written to {path} ({exc.strerror or exc}). Free some space; metrics.jsonl and the "
+            "checkpoints hold what the run gave"
+        ) from exc

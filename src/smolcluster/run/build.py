@@ -11,20 +11,22 @@ from torch import nn
 
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.single import Single
+from smolcluster.checkpoint.state import StateReader
 from smolcluster.collectives.base import Communicator
 from smolcluster.config.schema import Config, resolved_batch_size, resolved_staleness_bound, total_steps
-from smolcluster.data.datasets import Dataset, load_splits
 from smolcluster.data.loader import BatchLoader, eval_batches
-from smolcluster.data.sampler import Sampler
+from smolcluster.data.source import TrainingData, open_data
 from smolcluster.device import prepare_process, resolve_device
+from smolcluster.kinds import JsonObject
 from smolcluster.models.build import build_model
 from smolcluster.run.support import check_supported, rank_weights
 from smolcluster.training.optim import OptimizerFactory, optimizer_factory
+from smolcluster.training.rng import load_rng_state
 from smolcluster.training.schedule import lr_schedule
 from smolcluster.training.strategy import Strategy
-from smolcluster.training.trainer import Trainer
+from smolcluster.training.trainer import Progress, Trainer
 
-Save: TypeAlias = Callable[[int, nn.Module], None]
+Save: TypeAlias = Callable[[Strategy, BatchLoader, Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +36,44 @@ class Parts:
     Attributes:
         config: the resolved configuration.
         rank: this rank.
-        train: the training split.
-        validation: the validation split.
+        data: what is trained on and validated on.
         model: initialised from the seed, on the CPU.
-        sampler: the global batch, and which part of it is whose.
-        steps: updates of the whole run.
+        global_batch: samples of a step over all ranks.
+        weights: the ranks' relative shares of it, in rank order.
         device: where this rank computes.
     """
 
     config: Config
     rank: int
-    train: Dataset
-    validation: Dataset
+    data: TrainingData
     model: nn.Module
-    sampler: Sampler
-    steps: int
+    global_batch: int
+    weights: Sequence[float]
     device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
-    """A rank that is ready to train. `loader` is to be closed; `optimizers` is what the strategy made."""
+class Start:
+    """Where a resumed run goes on; see run/resume.py.
 
+    Attributes:
+        state: of the strategy and of the random generators.
+        progress: this rank's.
+        global_batch: samples of a step over all ranks: that of the first start, whatever their number is now.
+        position: where the data goes on.
+    """
+
+    state: StateReader
+    progress: Progress
+    global_batch: int
+    position: JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A rank that is ready to train its `steps`. `loader` is to be closed; `optimizers` is what the strategy made."""
+
+    steps: int
     trainer: Trainer
     strategy: Strategy
     loader: BatchLoader
@@ -78,50 +96,85 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     check_supported(config, len(names))
     prepare_process()
     device = resolve_device(config.training.device, local_rank)
-    train, validation = load_splits(
+    data = open_data(
         config.data.dataset,
         path=config.data.path,
+        text_column=config.data.text_column,
         tokenizer=config.data.tokenizer,
         max_seq_len=config.model.max_seq_len,
         train_split=config.data.train_split,
+        streaming=config.data.streaming,
     )
     seed = config.cluster.seed
-    model = build_model(config.model, seed=seed, vocab_size=train.vocab_size, num_classes=train.num_classes)
+    model = build_model(config.model, seed=seed, vocab_size=data.vocab_size, num_classes=data.num_classes)
     global_batch = resolved_batch_size(config) * len(names)
-    sampler = Sampler(len(train), global_batch, seed, rank_weights(config, list(names)))
+    _steps(config, data, global_batch)  # a stream is counted here, where nobody waits for this rank
     # Dropout: other masks on every rank, the same in every run.
     torch.manual_seed(seed + rank)
-    return Parts(config, rank, train, validation, model, sampler, total_steps(config, sampler.steps_per_epoch), device)
+    return Parts(config, rank, data, model, global_batch, rank_weights(config, list(names)), device)
 
 
-def assemble(parts: Parts, comm: Communicator, *, save: Save | None = None, skip_nonfinite: bool = False) -> Assembly:
+def assemble(
+    parts: Parts,
+    comm: Communicator,
+    *,
+    save: Save | None = None,
+    start: Start | None = None,
+    skip_nonfinite: bool = False,
+) -> Assembly:
     """Make strategy and trainer. All ranks call it; it may broadcast the weights.
 
     Args:
         parts: this rank's.
         comm: all ranks; of world size 1 for `single`.
-        save: called with (updates so far, model) when a checkpoint is due; None: this rank writes none.
+        save: called on every rank when a checkpoint is due; None: there are none.
+        start: where to go on; None: at the beginning.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
+
+    Raises:
+        CheckpointError: `start` is of another model.
     """
     config, rank, world_size = parts.config, parts.rank, comm.world_size
+    progress = Progress() if start is None else start.progress
+    global_batch = parts.global_batch if start is None else start.global_batch
+    steps = _steps(config, parts.data, global_batch)
     optimizers: list[torch.optim.Optimizer] = []
-    strategy = _strategy(parts, comm, _remembering(_optimizer_factory(config), optimizers), skip_nonfinite)
-    loader = BatchLoader(
-        parts.train, parts.sampler, rank, micro_batches=config.training.micro_batches, max_steps=parts.steps
+    strategy = _strategy(parts, steps, comm, _remembering(_optimizer_factory(config), optimizers), skip_nonfinite)
+    if start is not None:
+        strategy.load_state(start.state)
+        load_rng_state(start.state, rank, world_size, parts.device, config.cluster.seed)
+    loader = parts.data.loader(
+        rank,
+        parts.weights,
+        global_batch=global_batch,
+        seed=config.cluster.seed,
+        micro_batches=config.training.micro_batches,
+        start=None if start is None else start.position,
+        max_steps=steps,
     )
+    loader.telemetry = comm.telemetry
     trainer = Trainer(
         strategy,
         loader,
-        parts.steps,
-        eval_batches=lambda: eval_batches(parts.validation, resolved_batch_size(config), rank, world_size),
+        steps,
+        eval_batches=lambda: eval_batches(parts.data.validation, resolved_batch_size(config), rank, world_size),
         eval_steps=config.training.eval_steps,
-        checkpoint=None if save is None else lambda step: save(step, strategy.model),
+        checkpoint=None if save is None else lambda progress: save(strategy, loader, progress),
         checkpoint_steps=config.checkpoint.steps,
+        start=progress,
     )
-    return Assembly(trainer, strategy, loader, optimizers)
+    return Assembly(steps, trainer, strategy, loader, optimizers)
 
 
-def _strategy(parts: Parts, comm: Communicator, optimizers: OptimizerFactory, skip_nonfinite: bool) -> Strategy:
+def _steps(config: Config, data: TrainingData, global_batch: int) -> int:
+    """Updates of the whole run. Where epochs do not matter, a stream need not be counted."""
+    only_max_steps = config.training.max_steps is not None and config.training.epochs is None
+    return total_steps(config, 0 if only_max_steps else data.steps_per_epoch(global_batch))
+
+
+def _strategy(
+    parts: Parts, steps: int, comm: Communicator, optimizers: OptimizerFactory, skip_nonfinite: bool
+) -> Strategy:
     config = parts.config
     training, cluster = config.training, config.cluster
     schedule = lr_schedule(
@@ -129,7 +182,7 @@ def _strategy(parts: Parts, comm: Communicator, optimizers: OptimizerFactory, sk
         training.learning_rate,
         config.lr_schedule.warmup_iters,
         config.lr_schedule.min_lr,
-        parts.steps,
+        steps,
     )
     if config.algorithm == "single":
         return Single(
@@ -141,6 +194,7 @@ def _strategy(parts: Parts, comm: Communicator, optimizers: OptimizerFactory, sk
             precision=training.precision,
             device=parts.device,
             skip_nonfinite=skip_nonfinite,
+            telemetry=comm.telemetry,
         )
     return ClassicDP(
         parts.model,

@@ -21,7 +21,7 @@ from smolcluster.kinds import Backend
 from smolcluster.run.launcher import Launch, launch_from_environment
 from smolcluster.transport.base import Listener
 from smolcluster.transport.security import load_token
-from smolcluster.transport.tcp import listen
+from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def join_tcp(
     run_id: str,
     patience: float,
     options: Mapping[str, str],
+    buffer_bytes: int | None = None,
 ) -> tuple[World, Communicator]:
     """Meet the other ranks and open the connections to them; blocks until all are there.
 
@@ -87,6 +88,7 @@ def join_tcp(
         run_id: what the ranks have in common before they talk.
         patience: seconds until a silent rank counts as lost.
         options: what must be equal on all ranks.
+        buffer_bytes: of the sockets that this rank dials; the listener has its own. None: the kernel tunes.
 
     Raises:
         RendezvousTimeout: not all came in time.
@@ -103,6 +105,7 @@ def join_tcp(
         patience=patience,
         timeout=JOIN_PATIENCES * patience,
         options=options,
+        network=TcpNetwork(token, TcpOptions(patience, buffer_bytes)),
     )
     return world, TcpCommunicator(world)
 
@@ -131,7 +134,7 @@ def join_torch(
 
 
 def join_launch(
-    launch: Launch, token: bytes, *, patience: float, options: Mapping[str, str]
+    launch: Launch, token: bytes, *, patience: float, options: Mapping[str, str], buffer_bytes: int | None = None
 ) -> tuple[World, Communicator]:
     """Join a launcher's job over our TCP engine; blocks until all ranks are there.
 
@@ -141,9 +144,10 @@ def join_launch(
     host = launch.master_addr
     run_id = _job_id()
     if launch.rank == 0:
-        listener = listen(host, 0 if launch.agent_store else launch.master_port, token=token, run_id=run_id)
+        at, port = host, 0 if launch.agent_store else launch.master_port
     else:
-        listener = listen(_address_towards(host, launch.master_port), 0, token=token, run_id=run_id)
+        at, port = _address_towards(host, launch.master_port), 0
+    listener = listen(at, port, token=token, run_id=run_id, options=TcpOptions(patience, buffer_bytes))
     leader_address = f"tcp://{host}:{launch.master_port}"
     if launch.agent_store:
         leader_address = _through_agent_store(launch, listener.address, JOIN_PATIENCES * patience)
@@ -158,6 +162,7 @@ def join_launch(
         run_id=run_id,
         patience=patience,
         options=options,
+        buffer_bytes=buffer_bytes,
     )
 
 

@@ -11,12 +11,13 @@ from types import TracebackType
 
 from smolcluster.config.dump import config_yaml
 from smolcluster.config.schema import LANGUAGE_MODELS, Config
-from smolcluster.errors import ConfigError
+from smolcluster.errors import ConfigError, TrainingStopped
 from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.monitoring.curves import LossCurves, draw_losses
-from smolcluster.monitoring.metrics import MetricsFile
+from smolcluster.monitoring.metrics import MetricsFile, keep_rows_before, read_rows
 from smolcluster.monitoring.reporters import Reporter
 from smolcluster.monitoring.summary import build_summary, write_summary
+from smolcluster.monitoring.wandb_runs import WandbRuns
 
 METRICS = "metrics.jsonl"
 
@@ -44,12 +45,30 @@ class RunFolder:
     `write` may be called from any thread; everything else from one.
     """
 
-    def __init__(self, path: Path, config: Config, world_size: int, reporter: Reporter) -> None:
-        """Make the folder.
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        world_size: int,
+        reporter: Reporter,
+        resume_step: int | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Make the folder, or take it up again.
+
+        Args:
+            path: where.
+            config: the resolved configuration.
+            world_size: all ranks.
+            reporter: shows progress.
+            resume_step: updates that the run has already; rows of later ones are dropped. None: it begins.
+            names: the machine of each rank; None: all are on this one.
 
         Raises:
-            ConfigError: it holds a run already, or cannot be made.
+            ConfigError: it holds a run already, or cannot be made; or wandb is wanted and not installed.
         """
+        is_wandb_on = config.logging.wandb != "off"
+        self._wandb = WandbRuns(config, world_size, names, reporter.note) if is_wandb_on else None
         self.path = path
         self._config = config
         self._world_size = world_size
@@ -64,7 +83,14 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             metrics = path / METRICS
             if metrics.exists() and metrics.stat().st_size > 0:
-                raise ConfigError(f"--out {path} holds a run already. Give another folder, or remove that one")
+                if resume_step is None:
+                    raise ConfigError(
+                        f"--out {path} holds a run already. Give another folder, remove that one, or go on with "
+                        "--resume latest"
+                    )
+                keep_rows_before(metrics, resume_step)
+                for row in read_rows(metrics):
+                    self._note_row(row)
             (path / "logs").mkdir(exist_ok=True)
             (path / "config.yaml").write_text(config_yaml(config), encoding="utf-8")
             self._metrics = MetricsFile(metrics)
@@ -72,6 +98,8 @@ class RunFolder:
             raise ConfigError(
                 f"the run folder {path} cannot be made ({exc.strerror or exc}). Give another one with --out"
             ) from exc
+        if self._wandb is not None:
+            self._wandb.start(path)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -90,17 +118,27 @@ class RunFolder:
         """Where checkpoints go."""
         return self.path / "checkpoints"
 
+    @property
+    def trace(self) -> Path:
+        """Where --trace goes."""
+        return self.path / "trace.json"
+
     def write(self, row: JsonObject) -> None:
         """Take a row of any rank."""
         with self._lock:
             if self._closed:
                 return  # a late row of a rank that was slow to hear of the end
             self._metrics.write(row)
-            self._curves.add(row)
-            if row.get("rank") == 0:
-                self._last |= row
-                samples = row.get("train/samples")
-                self._samples += samples if isinstance(samples, int) else 0
+            self._note_row(row)
+            if self._wandb is not None:
+                self._wandb.write(row)
+
+    def _note_row(self, row: JsonObject) -> None:
+        self._curves.add(row)
+        if row.get("rank") == 0:
+            self._last |= row
+            samples = row.get("train/samples")
+            self._samples += samples if isinstance(samples, int) else 0
 
     def progress(self, done: int, total: int, row: JsonObject) -> None:
         """Show how far it is."""
@@ -110,9 +148,11 @@ class RunFolder:
         """Show a line."""
         self._reporter.note(text)
 
-    def finish(self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None]) -> JsonObject:
+    def finish(
+        self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None], *, exit_code: int = 0
+    ) -> JsonObject:
         """Write summary and picture of a run that ended as it should, or that the user stopped; the summary."""
-        return self._conclude({**self._known(), **run}, ranks, draw=True)
+        return self._conclude({**self._known(), **run}, ranks, draw=True, exit_code=exit_code)
 
     def fail(self, lost_ranks: Sequence[int] = (), *, has_time: bool = True) -> JsonObject:
         """The same for a run that broke off: with what is known from the rows.
@@ -133,7 +173,12 @@ class RunFolder:
             "lost_ranks": [*lost_ranks],
         }
         draw = has_time and not lost_ranks and bool(self._curves.steps)
-        return self._conclude({**self._known(), **partial}, [None] * self._world_size, draw=draw)
+        values, ranks = {**self._known(), **partial}, [None] * self._world_size
+        try:
+            return self._conclude(values, ranks, draw=draw, exit_code=1)
+        except TrainingStopped as error:  # the disk is full; what the user is told is why the run broke off
+            self._reporter.note(str(error))
+            return build_summary(values, ranks)
 
     def close(self) -> None:
         """Close the files and give the terminal back."""
@@ -141,16 +186,25 @@ class RunFolder:
         with self._lock:
             self._closed = True
             self._metrics.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _known(self) -> dict[str, JsonValue]:
         config = self._config
         return {"algorithm": config.algorithm, "model": config.model.type, "world_size": self._world_size}
 
     def _conclude(
-        self, run: Mapping[str, JsonValue], ranks: Sequence[Mapping[str, JsonValue] | None], *, draw: bool
+        self,
+        run: Mapping[str, JsonValue],
+        ranks: Sequence[Mapping[str, JsonValue] | None],
+        *,
+        draw: bool,
+        exit_code: int,
     ) -> JsonObject:
         self._reporter.close()
         summary = build_summary(run, ranks)
+        if self._wandb is not None:
+            self._wandb.finish(summary, exit_code=exit_code)
         write_summary(self.path / "summary.json", summary)
         count = f"{self._world_size} ranks" if self._world_size > 1 else "one process"
         if not draw:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from smolcluster.checkpoint.store import load_weights
 from smolcluster.config.schema import Config
-from smolcluster.data.datasets import load_splits
-from smolcluster.data.tokenizer import load_tokenizer
-from smolcluster.errors import CheckpointError, ConfigError
-from smolcluster.models.build import build_model
+from smolcluster.data.source import load_splits
+from smolcluster.data.tokenizer import Tokenizer
+from smolcluster.errors import ConfigError
 from smolcluster.models.gpt import GPT
+from smolcluster.models.hf import HFModel
+from smolcluster.run.trained import load_trained
 
 # Measured on the demo's model, four seeds: at 0.5 three quarters of the words occur in the training text, at 0.7 six in
 # ten; at 0.4 it begins to repeat itself.
@@ -44,7 +44,7 @@ def generate_text(
     """Let a trained model write on; blocks.
 
     Args:
-        checkpoint: one of ours, or a folder of them.
+        checkpoint: one of ours, a folder of them, or a run's folder.
         prompt: the text's beginning; at least one token.
         tokens: how many follow.
         temperature: 0: always the likeliest token.
@@ -53,27 +53,18 @@ def generate_text(
 
     Raises:
         CheckpointError: there is none, or it holds another model.
-        ConfigError: it is no language model, or the prompt is empty.
+        ConfigError: it is no language model that writes, or the prompt is empty.
     """
-    tensors, index = load_weights(checkpoint)
-    meta = index["meta"]
-    if not isinstance(meta, dict) or "config" not in meta:
-        raise CheckpointError(f"the checkpoint in {checkpoint} does not say how its model is built")
-    config = Config.model_validate(meta["config"])
     if not prompt:
         raise ConfigError("the prompt is empty. Give at least one character")
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    model = build_model(config.model, seed=config.cluster.seed, vocab_size=tokenizer.vocab_size)
-    if not isinstance(model, GPT):
-        raise ConfigError(f"model.type {config.model.type} writes no text; gpt does")
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as exc:
-        raise CheckpointError(f"the weights in {checkpoint} are not those of its configuration ({exc})") from exc
+    trained = load_trained(checkpoint)
+    config, model, tokenizer = trained.config, trained.model, trained.tokenizer
+    if not isinstance(model, GPT | HFModel) or tokenizer is None:
+        raise ConfigError(f"model.type {config.model.type} writes no text; gpt and hf do")
     start = tokenizer.encode(prompt)[None]
     written = model.generate(start, tokens, temperature=temperature, top_k=top_k, seed=seed)
     text = tokenizer.decode(written[0])
-    known = set(_words(_training_text(config)))
+    known = set(_words(_training_text(config, tokenizer)))
     words = _words(text[len(prompt) :])
     return Written(text, len(words), sum(word in known for word in words))
 
@@ -82,14 +73,15 @@ def _words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
-def _training_text(config: Config) -> str:
+def _training_text(config: Config, tokenizer: Tokenizer) -> str:
     """What the model was trained on, back from its tokens."""
     train, _ = load_splits(
         config.data.dataset,
         path=config.data.path,
+        text_column=config.data.text_column,
         tokenizer=config.data.tokenizer,
         max_seq_len=config.model.max_seq_len,
         train_split=config.data.train_split,
     )
     inputs, _ = train.batch(torch.arange(len(train)))
-    return load_tokenizer(config.data.tokenizer).decode(inputs.flatten())
+    return tokenizer.decode(inputs.flatten())

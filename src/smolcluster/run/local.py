@@ -16,11 +16,13 @@ from typing import cast
 
 import smolcluster
 from smolcluster.config.schema import Config
+from smolcluster.errors import TrainingStopped
 from smolcluster.kinds import JsonObject
 from smolcluster.log import log_to_file
 from smolcluster.monitoring.reporters import Reporter
 from smolcluster.run.folder import Ran, RunFolder
 from smolcluster.run.rank import Bootstrap
+from smolcluster.run.resume import ResumePoint
 from smolcluster.run.supervisor import ChildSpec, Outcome, Supervisor
 from smolcluster.run.support import check_supported, rank_weights
 from smolcluster.transport.security import new_token
@@ -28,7 +30,16 @@ from smolcluster.transport.security import new_token
 logger = logging.getLogger(__name__)
 
 
-def run_local(config: Config, world_size: int, out: Path, reporter: Reporter, *, skip_nonfinite: bool = False) -> Ran:
+def run_local(
+    config: Config,
+    world_size: int,
+    out: Path,
+    reporter: Reporter,
+    *,
+    resume: ResumePoint | None = None,
+    skip_nonfinite: bool = False,
+    trace: bool = False,
+) -> Ran:
     """Train with `world_size` ranks on this machine; blocks. No process is left when it returns or raises.
 
     Args:
@@ -36,7 +47,9 @@ def run_local(config: Config, world_size: int, out: Path, reporter: Reporter, *,
         world_size: ranks.
         out: the run folder.
         reporter: shows progress.
+        resume: the checkpoint to go on from; None: the run begins.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
+        trace: write trace.json.
 
     Raises:
         ConfigError: this release cannot do what the configuration asks for, or the folder is taken.
@@ -45,12 +58,12 @@ def run_local(config: Config, world_size: int, out: Path, reporter: Reporter, *,
     names = [f"rank{rank}" for rank in range(world_size)]
     rank_weights(config, names)
     with (
-        RunFolder(out, config, world_size, reporter) as folder,
+        RunFolder(out, config, world_size, reporter, None if resume is None else resume.step) as folder,
         tempfile.TemporaryDirectory(prefix="smolcluster-") as scratch,
     ):
         handler = log_to_file(folder.path / "logs" / "launcher.log")
         try:
-            return _LocalRun(config, names, folder, Path(scratch), skip_nonfinite).run()
+            return _LocalRun(config, names, folder, Path(scratch), resume, skip_nonfinite, trace).run()
         finally:
             logging.getLogger("smolcluster").removeHandler(handler)
             handler.close()
@@ -60,7 +73,14 @@ class _LocalRun:
     """What the messages of the ranks change."""
 
     def __init__(
-        self, config: Config, names: Sequence[str], folder: RunFolder, scratch: Path, skip_nonfinite: bool
+        self,
+        config: Config,
+        names: Sequence[str],
+        folder: RunFolder,
+        scratch: Path,
+        resume: ResumePoint | None,
+        skip_nonfinite: bool,
+        trace: bool,
     ) -> None:
         self._folder = folder
         self._result: JsonObject | None = None
@@ -77,7 +97,9 @@ class _LocalRun:
                 init_file=str(scratch / "rendezvous") if uses_files else None,
                 log_path=folder.log_path(rank).absolute(),
                 checkpoints=folder.checkpoints.absolute(),
+                resume=None if resume is None else resume.checkpoint.absolute(),
                 skip_nonfinite=skip_nonfinite,
+                trace=folder.trace.absolute() if trace else None,
             )
             specs.append(
                 ChildSpec(
@@ -97,14 +119,17 @@ class _LocalRun:
         )
 
     def run(self) -> Ran:
-        outcome = self._supervisor.run()
+        try:
+            outcome = self._supervisor.run()
+        except TrainingStopped as full_disk:  # this process writes the metrics
+            return Ran(full_disk.exit_code, self._folder.path, self._folder.fail(), str(full_disk))
         error = outcome.failure.message if outcome.failure is not None else None
         if self._result is None:
             if outcome.exit_code == 0:
                 return self._ended(3, "the ranks ended without a result. Look at their logs", outcome)
             return self._ended(outcome.exit_code, error, outcome)
         run, ranks = cast(JsonObject, self._result["run"]), cast("list[JsonObject]", self._result["ranks"])
-        summary = self._folder.finish(run, ranks)
+        summary = self._folder.finish(run, ranks, exit_code=outcome.exit_code)
         return Ran(outcome.exit_code, self._folder.path, summary, error)
 
     def _ended(self, exit_code: int, error: str | None, outcome: Outcome) -> Ran:

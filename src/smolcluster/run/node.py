@@ -29,8 +29,9 @@ from smolcluster.monitoring.reporters import Reporter
 from smolcluster.run.folder import Ran, RunFolder
 from smolcluster.run.launcher import Launch
 from smolcluster.run.mail import Mail
+from smolcluster.run.resume import ResumePoint
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
-from smolcluster.run.support import check_supported, rank_weights, shared_options
+from smolcluster.run.support import check_supported, rank_weights, shared_options, tcp_options
 from smolcluster.transport.security import load_token
 from smolcluster.transport.tcp import listen
 
@@ -53,13 +54,17 @@ class NodeOptions:
         out: the run folder; only rank 0 uses it.
         reporter: shows progress; only rank 0 uses it.
         token_file: where the cluster token is.
+        resume: the checkpoint to go on from; only rank 0 uses it.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
+        trace: write trace.json; rank 0 decides.
     """
 
     out: Path
     reporter: Reporter
     token_file: Path | None = None
+    resume: ResumePoint | None = None
     skip_nonfinite: bool = False
+    trace: bool = False
 
 
 def run_alone(config: Config, options: NodeOptions) -> Ran:
@@ -113,7 +118,8 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
 
     token = load_token(options.token_file)
     run_id = _digest(hosts)
-    listener = listen(me.ip, me.port, token=token, run_id=run_id)  # before torch: who comes early can knock
+    sockets = tcp_options(config, me.name)
+    listener = listen(me.ip, me.port, token=token, run_id=run_id, options=sockets)  # before torch: others may knock
 
     def join() -> tuple[World | None, Communicator]:
         from smolcluster.run.connect import join_tcp
@@ -128,6 +134,7 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
             run_id=run_id,
             patience=config.cluster.patience,
             options=shared_options(config),
+            buffer_bytes=sockets.buffer_bytes,
         )
 
     with contextlib.closing(listener):
@@ -148,7 +155,10 @@ def run_launched(config: Config, launch: Launch, options: NodeOptions) -> Ran:
             return None, alone()
         if config.backend == "tcp":
             token = load_token(options.token_file)
-            return join_launch(launch, token, patience=patience, options=shared_options(config))
+            buffer_bytes = tcp_options(config).buffer_bytes
+            return join_launch(
+                launch, token, patience=patience, options=shared_options(config), buffer_bytes=buffer_bytes
+            )
         return None, join_torch(config.backend, launch.rank, launch.world_size, "env://", patience)
 
     return _NodeRun(config, launch.rank, names, options, local_rank=launch.local_rank).run(join)
@@ -170,7 +180,10 @@ class _NodeRun:
     def run(self, join: Callable[[], tuple[World | None, Communicator]]) -> Ran:
         if self._rank != 0:
             return self._train(join, None)
-        with RunFolder(self._options.out, self._config, len(self._names), self._options.reporter) as folder:
+        options = self._options
+        step = None if options.resume is None else options.resume.step
+        names = self._names if len(self._names) > 1 else None
+        with RunFolder(options.out, self._config, len(self._names), options.reporter, step, names) as folder:
             handler = log_to_file(folder.log_path(0))
             try:
                 return self._train(join, folder)
@@ -207,18 +220,24 @@ class _NodeRun:
         from smolcluster.run.session import run_rank
         from smolcluster.training.role import RunContext
 
+        resume = self._options.resume
         with Mail(world, folder, self._options.reporter, self._config.cluster.patience) as mail:
             result = run_rank(
                 parts,
                 comm,
                 RunContext(mail, comm, self._stop),
                 checkpoints=folder.checkpoints if folder is not None else None,
+                resume=resume.checkpoint if resume is not None and folder is not None else None,
                 skip_nonfinite=self._options.skip_nonfinite,
+                trace=folder.trace if folder is not None and self._options.trace else None,
+                name=self._names[self._rank],
                 before_report=mail.deliver,
             )
-        summary = folder.finish(result.run, result.ranks) if folder is not None else None
-        comm.close()
+        if result.note is not None:
+            self._options.reporter.note(result.note)
         code = EXIT_INTERRUPTED if result.stopped else 0
+        summary = folder.finish(result.run, result.ranks, exit_code=code) if folder is not None else None
+        comm.close()
         return Ran(code, folder.path if folder is not None else None, summary)
 
 

@@ -22,7 +22,7 @@ from smolcluster.kinds import JsonObject
 from smolcluster.log import log_to_file
 from smolcluster.run.parent import ParentLink
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
-from smolcluster.run.support import shared_options
+from smolcluster.run.support import shared_options, tcp_options
 from smolcluster.transport.tcp import listen
 
 if TYPE_CHECKING:
@@ -52,7 +52,11 @@ class Bootstrap(BaseModel):
     """Where the ranks of backend gloo and nccl find each other."""
     log_path: Path
     checkpoints: Path
+    resume: Path | None = None
+    """The checkpoint to go on from."""
     skip_nonfinite: bool = False
+    trace: Path | None = None
+    """Where rank 0 writes the trace."""
 
     @property
     def world_size(self) -> int:
@@ -131,7 +135,8 @@ class _Rank:
         over_tcp = start.world_size > 1 and start.config.backend == "tcp"
         listener = None
         if over_tcp:
-            listener = listen(LOOPBACK, 0, token=bytes.fromhex(start.token), run_id=start.run_id)
+            sockets = tcp_options(start.config)
+            listener = listen(LOOPBACK, 0, token=bytes.fromhex(start.token), run_id=start.run_id, options=sockets)
             self._link.tell({"event": "listening", "address": listener.address})
 
         # From here on torch is imported.
@@ -149,10 +154,15 @@ class _Rank:
                 comm,
                 RunContext(_PipeSink(self._link, start.rank), comm, stop),
                 checkpoints=start.checkpoints if start.rank == 0 else None,
+                resume=start.resume if start.rank == 0 else None,
                 skip_nonfinite=start.skip_nonfinite,
+                trace=start.trace if start.rank == 0 else None,
+                name=start.names[start.rank],
             )
         except Exception as error:  # noqa: BLE001 - told to the parent and to the other ranks
             return self._fail(error, world, comm)
+        if result.note is not None:
+            self._link.tell({"event": "note", "text": result.note})
         if start.rank == 0:
             self._link.tell({"event": "result", "run": result.run, "ranks": [*result.ranks], "stopped": result.stopped})
         comm.close()
@@ -173,6 +183,7 @@ class _Rank:
                 run_id=start.run_id,
                 patience=start.config.cluster.patience,
                 options=shared_options(start.config),
+                buffer_bytes=tcp_options(start.config).buffer_bytes,
             )
         if start.world_size == 1:
             return None, alone()

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from smolcluster.checkpoint.store import prune, save_weights
+from smolcluster.checkpoint.ranks import SharedReader, save_from_all_ranks
+from smolcluster.checkpoint.store import discard_after, open_checkpoint, prune
 from smolcluster.collectives.base import Communicator
-from smolcluster.config.schema import LANGUAGE_MODELS, Config
-from smolcluster.kinds import JsonObject, JsonValue
+from smolcluster.config.schema import LANGUAGE_MODELS
+from smolcluster.data.loader import BatchLoader
+from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
+from smolcluster.monitoring.gradients import GradientNorms
+from smolcluster.monitoring.links import measure_links
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
-from smolcluster.run.build import Assembly, Parts, assemble
+from smolcluster.monitoring.trace import RunTrace
+from smolcluster.run.build import Assembly, Parts, Start, assemble
+from smolcluster.run.resume import RunMeta
+from smolcluster.training.rng import rng_state
 from smolcluster.training.role import RunContext, TrainerRole
-from smolcluster.training.trainer import MetricsSink, TrainResult
+from smolcluster.training.strategy import Strategy
+from smolcluster.training.trainer import MetricsSink, Progress, TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +40,13 @@ class RankResult:
         run: values of summary.json that belong to the whole run.
         ranks: every rank's report, in rank order.
         stopped: somebody asked to stop before the last step.
+        note: what else the user should know; on rank 0 only.
     """
 
     run: JsonObject
     ranks: list[JsonObject]
     stopped: bool
+    note: str | None = None
 
 
 def run_rank(
@@ -45,7 +55,10 @@ def run_rank(
     context: RunContext,
     *,
     checkpoints: Path | None = None,
+    resume: Path | None = None,
     skip_nonfinite: bool = False,
+    trace: Path | None = None,
+    name: str | None = None,
     before_report: Callable[[Communicator], None] | None = None,
 ) -> RankResult:
     """Train to the end and exchange the results. Blocks; every rank calls it.
@@ -54,21 +67,41 @@ def run_rank(
         parts: this rank's.
         comm: all ranks.
         context: where rows go, and how to stop.
-        checkpoints: where this rank writes checkpoints; None: it writes none.
+        checkpoints: rank 0: where checkpoints are written; None: nowhere.
+        resume: rank 0: the checkpoint to go on from; None: the run begins.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
+        trace: rank 0: the trace of all ranks; None: no trace is recorded.
+        name: of this rank's machine, for the trace.
         before_report: called when training has ended, on every rank at the same point: it may communicate.
     """
-    save = None if checkpoints is None else _saving(parts.config, checkpoints)
-    assembly = assemble(parts, comm, save=save, skip_nonfinite=skip_nonfinite)
-    sink = _Extended(context.metrics, parts, assembly.strategy.model)
-    logger.info("training rank=%d world_size=%d steps=%d", parts.rank, comm.world_size, parts.steps)
-    with assembly.loader:
+    checkpoint = None if resume is None else open_checkpoint(resume)
+    if checkpoint is not None and checkpoints is not None and checkpoint.path.parent.resolve() == checkpoints.resolve():
+        discard_after(checkpoint.path)
+    reader = SharedReader.open(comm, checkpoint)
+    meta = None if reader is None else RunMeta.model_validate(reader.meta)
+    restarts = 0 if meta is None else meta.restarts + 1
+    saver = _Saver(parts, comm, checkpoints, restarts) if comm.exchange(checkpoints is not None)[0] else None
+    recording = RunTrace(comm, trace, name or f"rank{comm.rank}") if comm.exchange(trace is not None)[0] else None
+    assembly = assemble(
+        parts,
+        comm,
+        save=None if saver is None else saver.save,
+        start=None if reader is None or meta is None else _start(reader, meta, comm),
+        skip_nonfinite=skip_nonfinite,
+    )
+    (optimizer,) = assembly.optimizers
+    sink = _Extended(context.metrics, parts, assembly.strategy.model, optimizer, comm)
+    logger.info("training rank=%d world_size=%d steps=%d", parts.rank, comm.world_size, assembly.steps)
+    if recording is not None:
+        recording.watch_optimizers(assembly.optimizers)
+    with assembly.loader, recording or contextlib.nullcontext():
         result = TrainerRole(assembly.trainer).run(RunContext(sink, comm, context.stop))
     logger.info("trained rank=%d steps=%d stopped=%s", parts.rank, result.steps, result.stopped)
     if before_report is not None:
         before_report(comm)
     reports = [report for report in comm.exchange(_report(assembly, result, comm)) if isinstance(report, dict)]
-    return RankResult(_run_values(parts, assembly, result, reports), reports, result.stopped)
+    values = _run_values(parts, assembly, result, reports) | {"restarts": restarts}
+    return RankResult(values, reports, result.stopped, recording.write() if recording is not None else None)
 
 
 def _run_values(parts: Parts, assembly: Assembly, result: TrainResult, reports: Sequence[JsonObject]) -> JsonObject:
@@ -122,44 +155,73 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.detach().untyped_storage()
 
 
-def _saving(config: Config, checkpoints: Path) -> Callable[[int, nn.Module], None]:
-    meta: JsonObject = {"algorithm": config.algorithm, "config": config.model_dump(mode="json")}
+def _start(reader: SharedReader, meta: RunMeta, comm: Communicator) -> Start:
+    """Where this rank goes on. Samples that lost ranks had computed count as rank 0's, so that the sum stays."""
+    rank_samples = [0] * comm.world_size
+    for rank, samples in enumerate(meta.rank_samples):
+        rank_samples[rank if rank < comm.world_size else 0] += samples
+    progress = Progress(**meta.progress | {"rank_samples": rank_samples[comm.rank]})
+    return Start(reader, progress, meta.global_batch, meta.position)
 
-    def save(step: int, model: nn.Module) -> None:
-        path = save_weights(checkpoints, step, model.state_dict(), meta)
-        prune(checkpoints, config.checkpoint.keep)
-        logger.info("checkpoint written step=%d path=%s", step, path)
 
-    return save
+class _Saver:
+    """Writes checkpoints; every rank has one, since every rank holds a part of the state."""
+
+    def __init__(self, parts: Parts, comm: Communicator, folder: Path | None, restarts: int) -> None:
+        self._parts = parts
+        self._comm = comm
+        self._folder = folder
+        self._restarts = restarts
+
+    def save(self, strategy: Strategy, loader: BatchLoader, progress: Progress) -> None:
+        """Write one; blocks until it is on the disk. Every rank calls it at the same step."""
+        config, comm = self._parts.config, self._comm
+        shards = dict(strategy.state())
+        if not config.checkpoint.save_optimizer:
+            shards = {name: shard for name, shard in shards.items() if shard.kind != "optim"}
+        shards |= rng_state(comm.rank, self._parts.device)
+        meta = RunMeta(
+            algorithm=config.algorithm,
+            config=config,
+            world_size=comm.world_size,
+            global_batch=loader.global_batch,
+            progress=asdict(progress),
+            rank_samples=comm.exchange(progress.rank_samples),
+            position=loader.position(),
+            restarts=self._restarts,
+        )
+        save_from_all_ranks(comm, self._folder, progress.steps, shards, meta.model_dump(mode="json"))
+        if self._folder is not None:
+            prune(self._folder, config.checkpoint.keep)
+            logger.info("checkpoint written step=%d", progress.steps)
 
 
 class _Extended:
-    """A sink that adds to a rank's rows what the trainer does not know: the process, and each parameter's gradient."""
+    """A sink that adds what the trainer does not know to a rank's rows: the process, its links, each gradient."""
 
-    def __init__(self, sink: MetricsSink, parts: Parts, model: nn.Module) -> None:
+    def __init__(
+        self,
+        sink: MetricsSink,
+        parts: Parts,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        comm: Communicator,
+    ) -> None:
         self._sink = sink
         self._interval = parts.config.cluster.metrics_log_interval
-        self._model = model if parts.config.training.track_gradients else None
-        self._device = parts.device
-        self._usage = ProcessUsage()
+        self._norms = GradientNorms(model, optimizer) if parts.config.training.track_gradients else None
+        self._usage = ProcessUsage(parts.device)
+        self._links = measure_links(comm, self._interval) if parts.config.cluster.track_network_metrics else None
 
     def write(self, row: JsonObject) -> None:
-        step = row.get("step")
+        step, row_time = row.get("step"), row.get("time")
         if isinstance(step, int) and step % self._interval == 0:
             row = row | self._usage.row()
-            if self._device.type == "cuda":
-                row["sys/gpu_memory_bytes"] = torch.cuda.memory_allocated(self._device)
-        if self._model is not None and isinstance(row.get("train/grad_norm"), float):
-            row = row | _gradient_norms(self._model, row["train/grad_norm"])
+        if self._links is not None and isinstance(step, int) and isinstance(row_time, float):
+            row = row | self._links.row(step, row_time)
+        if self._norms is not None:
+            row = row | self._norms.row(row)
         self._sink.write(row)
 
     def progress(self, done: int, total: int, row: JsonObject) -> None:
         self._sink.progress(done, total, row)
-
-
-def _gradient_norms(model: nn.Module, true_norm: JsonValue) -> JsonObject:
-    """`grad_norm/<parameter>` before clipping. By now the gradients are clipped: the global norm tells by how much."""
-    norms = {name: param.grad.norm().item() for name, param in model.named_parameters() if param.grad is not None}
-    total = math.hypot(*norms.values())
-    factor = true_norm / total if isinstance(true_norm, float) and total > 0 else 1.0
-    return {f"grad_norm/{name}": norm * factor for name, norm in norms.items()}

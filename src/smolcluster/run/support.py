@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 from smolcluster.config.schema import Config
 from smolcluster.errors import ConfigError
+from smolcluster.transport.tcp import TcpOptions
 
 ALGORITHMS = ("single", "classicdp")
 
@@ -26,9 +29,7 @@ def check_supported(config: Config, world_size: int) -> None:
             "--algorithm classicdp"
         )
     later = {
-        "data.streaming": config.data.streaming,
         "training.activation_checkpointing": config.training.activation_checkpointing,
-        f"logging.wandb {config.logging.wandb}": config.logging.wandb != "off",
     }
     if config.algorithm != "single":  # which has no cluster: so one file serves both sides of a comparison
         later["cluster.tls"] = config.cluster.tls
@@ -67,16 +68,33 @@ def rank_weights(config: Config, names: list[str]) -> list[float]:
     return list(shares)
 
 
+def tcp_options(config: Config, host: str | None = None) -> TcpOptions:
+    """How this machine's sockets are set up: `cluster.patience`, and its part of `cluster.buffer_size`.
+
+    Args:
+        config: the resolved configuration.
+        host: this machine's name in the cluster file; None: there is no such file, and the system's own name counts.
+    """
+    asked = config.cluster.buffer_size
+    if isinstance(asked, dict):
+        own = socket.gethostname()
+        names = [own, own.partition(".")[0]] if host is None else [host]
+        asked = next((asked[name] for name in names if name in asked), None)
+    return TcpOptions(config.cluster.patience, None if asked is None else asked << 20)
+
+
 def shared_options(config: Config) -> dict[str, str]:
     """The settings that decide what is computed and sent, flat and as text: the same on every machine of a run.
 
     Left out is what may differ from machine to machine: where files lie, what is shown, who listens where.
     """
     values = config.model_dump(mode="json")
-    sections = ("model", "training", "lr_schedule", "data")
+    sections = ("model", "training", "lr_schedule", "data", "checkpoint")  # every rank takes part in a checkpoint
     keys = {f"{section}.{key}": value for section in sections for key, value in values[section].items()}
-    for key in ("training.device", "data.path"):
+    for key in ("training.device", "data.path", "checkpoint.keep"):
         del keys[key]
+    for key in ("model.hf_model_name", "data.tokenizer"):  # a folder may lie elsewhere on another machine
+        keys[key] = str(keys[key]).replace("\\", "/").rstrip("/").rpartition("/")[2]
     keys["algorithm"] = values["algorithm"]
     for key in ("seed", "staleness_bound", "patience", "shares", "compression", "bucket_bytes", "min_ranks"):
         keys[f"cluster.{key}"] = values["cluster"][key]

@@ -1,12 +1,14 @@
-"""Optimizers by name."""
+"""Optimizers by name, and their state by the names of the parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from smolcluster.checkpoint.state import Shard, StateReader
 from smolcluster.errors import ConfigError
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -41,3 +43,47 @@ def optimizer_factory(name: str, lr: float, weight_decay: float = 0.0, momentum:
         return torch.optim.SGD(params, lr=lr, weight_decay=weight_decay, momentum=momentum, fused=fused)
 
     return build
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter]) -> dict[str, Shard]:
+    """What the optimizer remembers of each parameter, under `optim/<parameter>/<slot>`. Shares its memory.
+
+    Args:
+        optimizer: of these parameters.
+        params: by name.
+    """
+    shards = {}
+    for name, param in params.items():
+        for slot, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, Tensor):
+                shards[f"optim/{name}/{slot}"] = Shard(value.detach(), "optim")
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                # torch's own keep their counters in float32 tensors; a float64 one is a plain number of another's.
+                shards[f"optim/{name}/{slot}"] = Shard(torch.tensor(value, dtype=torch.float64), "optim")
+    return shards
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter], reader: StateReader
+) -> None:
+    """Give the optimizer back what it remembered; a checkpoint without it (`save_optimizer: false`) changes nothing.
+
+    Args:
+        optimizer: of these parameters, before its first step.
+        params: by name.
+        reader: the checkpoint.
+    """
+    slots: dict[str, dict[str, Any]] = {}
+    for full_name in reader.names("optim/"):
+        name, _, slot = full_name.removeprefix("optim/").rpartition("/")
+        value = reader.read(full_name)
+        is_number = value.dim() == 0 and value.dtype == torch.float64
+        slots.setdefault(name, {})[slot] = value.item() if is_number else value
+    if not slots:
+        return
+    names = {id(param): name for name, param in params.items()}
+    packed = optimizer.state_dict()
+    # The optimizer counts its parameters from 0, group by group. It moves what it is given to their devices itself.
+    order = [names[id(param)] for group in optimizer.param_groups for param in group["params"]]
+    packed["state"] = {index: slots[name] for index, name in enumerate(order) if name in slots}
+    optimizer.load_state_dict(packed)

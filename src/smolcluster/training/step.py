@@ -17,13 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smolcluster.checkpoint.state import Shard as Shard
+from smolcluster.checkpoint.state import StateReader as StateReader
 from smolcluster.data.batch import NO_TARGET, Batch
-from smolcluster.errors import ConfigError, TrainingStopped
+from smolcluster.errors import CheckpointError, ConfigError, TrainingStopped
 from smolcluster.kinds import Precision as Precision
-from smolcluster.telemetry import Telemetry
+from smolcluster.telemetry import Telemetry as Telemetry
 
 # A list of them, or one pair of tensors as a DataLoader gives it.
 MicroBatches = Sequence[Batch | Sequence[Tensor] | Tensor]
+
+# The loss scale's name in a checkpoint.
+SCALER = "scaler"
 
 _AUTOCAST_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -272,6 +277,16 @@ class LossScaler:
         """Whether a gradient that overflowed with `scale` may be finite with a smaller one."""
         return scale > 1.0
 
+    def state(self) -> Shard:
+        """Scale and good steps since it last changed."""
+        return Shard(torch.tensor([self.scale, self._finite_steps], dtype=torch.float64), "scaler")
+
+    def load_state(self, reader: StateReader) -> None:
+        """Go on from a checkpoint; one made without fp16 has nothing to say."""
+        if SCALER in reader.names(SCALER):
+            self.scale, finite_steps = reader.read(SCALER).tolist()
+            self._finite_steps = round(finite_steps)
+
 
 def is_applicable(
     step: int,
@@ -310,3 +325,97 @@ def is_applicable(
         f"weights are those before this update. Lower training.learning_rate, set training.grad_clip_norm (1.0 is "
         f"usual), or pass --skip-nonfinite to pass over such steps."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PendingGradient:
+    """A step's gradient, summed over all ranks, that waits for its turn (K > 0): what a checkpoint keeps of it.
+
+    Attributes:
+        step: the step's number.
+        loss_sum: over all its targets.
+        count: its targets.
+        samples: its samples.
+        nonfinite: ranks whose loss or gradient was not finite.
+        planned: the targets that its gradient is scaled by.
+        loss_scale: what it is multiplied with (fp16).
+        grads: of each parameter, None where it has none.
+    """
+
+    step: int
+    loss_sum: float
+    count: int
+    samples: int
+    nonfinite: int
+    planned: int
+    loss_scale: float
+    grads: list[Tensor | None]
+
+
+def model_state(model: nn.Module) -> dict[str, Shard]:
+    """Parameters and buffers under `model/<name>`, tied ones under each of their names. Shares their memory."""
+    params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        f"model/{name}": Shard(tensor.detach(), "param" if name in params else "buffer")
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def load_model_state(model: nn.Module, reader: StateReader) -> None:
+    """Copy parameters and buffers from a checkpoint, in place.
+
+    Raises:
+        CheckpointError: it is of another model: names, shapes or dtypes differ.
+    """
+    own = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    stored = set(reader.names("model/"))
+    missing, foreign = sorted(own.keys() - stored), sorted(stored - own.keys())
+    if missing or foreign:
+        name = (missing or foreign)[0].removeprefix("model/")
+        where = "the model, not in the checkpoint" if missing else "the checkpoint, not in the model"
+        raise CheckpointError(f"the checkpoint is of another model: {name} is in {where}. Resume with its settings")
+    for name in sorted(own):
+        tensor, value = own[name], reader.read(name)
+        if value.shape != tensor.shape or value.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name.removeprefix('model/')} is {value.dtype} of shape "
+                f"{tuple(value.shape)} there, {tensor.dtype} of {tuple(tensor.shape)} here. Resume with its settings"
+            )
+        tensor.copy_(value)
+
+
+def pending_state(pending: Sequence[PendingGradient], names: Sequence[str]) -> dict[str, Shard]:
+    """Gradients that wait, oldest first, under `pending/<number>/…`; `names` are those of their parameters."""
+    shards: dict[str, Shard] = {}
+    for number, item in enumerate(pending):
+        sums = [item.step, item.loss_sum, item.count, item.samples, item.nonfinite, item.planned, item.loss_scale]
+        shards[f"pending/{number:04d}/sums"] = Shard(torch.tensor(sums, dtype=torch.float64), "pending")
+        for name, grad in zip(names, item.grads, strict=True):
+            if grad is not None:
+                shards[f"pending/{number:04d}/grad/{name}"] = Shard(grad, "pending")
+    return shards
+
+
+def read_pending(reader: StateReader, params: Sequence[nn.Parameter], names: Sequence[str]) -> list[PendingGradient]:
+    """The gradients that waited when the checkpoint was made, oldest first, on their parameters' devices."""
+    stored = set(reader.names("pending/"))
+    pending = []
+    for sums_name in sorted(name for name in stored if name.endswith("/sums")):
+        step, loss_sum, count, samples, nonfinite, planned, loss_scale = reader.read(sums_name).tolist()
+        grads: list[Tensor | None] = []
+        for param, name in zip(params, names, strict=True):
+            grad_name = f"{sums_name.removesuffix('sums')}grad/{name}"
+            grads.append(reader.read(grad_name).to(param.device) if grad_name in stored else None)
+        pending.append(
+            PendingGradient(
+                step=round(step),
+                loss_sum=loss_sum,
+                count=round(count),
+                samples=round(samples),
+                nonfinite=round(nonfinite),
+                planned=round(planned),
+                loss_scale=loss_scale,
+                grads=grads,
+            )
+        )
+    return pending

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import nn
 
+from smolcluster.checkpoint.state import Shard, StateReader
 from smolcluster.data.batch import Batch
 from smolcluster.training.step import EvalSums, StepResult
 
@@ -35,4 +36,20 @@ class Strategy(Protocol):
 
     def request_stop(self) -> None:
         """Ask all ranks to stop; from any thread. A later StepResult says stop=True, on every rank at the same step."""
+        ...
+
+    def state(self) -> Mapping[str, Shard]:
+        """All that the next step depends on, as far as this rank is to store it: what all hold alike is rank 0's part.
+
+        Shares memory with the strategy: store it before the next step. Blocks until pending gradients are reduced;
+        every rank calls it at the same step.
+        """
+        ...
+
+    def load_state(self, reader: StateReader) -> None:
+        """Go on from a checkpoint, made by any number of ranks. Before the first step, on every rank.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
         ...

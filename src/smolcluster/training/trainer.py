@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
@@ -43,6 +43,33 @@ class NoMetrics:
 
     def progress(self, done: int, total: int, row: JsonObject) -> None:
         """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is; with the state of its strategy, what a resumed one goes on from.
+
+    Attributes:
+        steps: updates, the skipped ones included.
+        computed: steps whose gradient is computed; with K > 0 up to K of them are not applied yet.
+        is_drained: the run had ended, so no gradient waits; in a longer run the next K would be computed already.
+        samples: samples over all ranks, of the updates.
+        rank_samples: samples that this rank computed.
+        tokens: targets over all ranks, of the updates.
+        wall_s: seconds so far, the first start's included.
+        train_s: the part of it that steps took.
+        train_loss: loss of the last update's step.
+    """
+
+    steps: int = 0
+    computed: int = 0
+    is_drained: bool = False
+    samples: int = 0
+    rank_samples: int = 0
+    tokens: int = 0
+    wall_s: float = 0.0
+    train_s: float = 0.0
+    train_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,20 +114,24 @@ class Trainer:
         *,
         eval_batches: Callable[[], Iterable[Batch]] | None = None,
         eval_steps: int | None = None,
-        checkpoint: Callable[[int], None] | None = None,
+        checkpoint: Callable[[Progress], None] | None = None,
         checkpoint_steps: int | None = None,
+        start: Progress | None = None,
     ) -> None:
         """Say what to do; `run` does it.
 
         Args:
             strategy: computes and applies steps.
-            batches: this rank's micro-batches of each step; also what a torch DataLoader gives.
+            batches: this rank's micro-batches of each step; also what a torch DataLoader gives. Of a resumed run
+                from step `start.computed` on.
             steps: stop after so many steps, or when `batches` ends.
             eval_batches: called for each evaluation; this rank's part of the validation split. The parts of all
                 ranks together are the split, each sample once.
             eval_steps: evaluate after every so many updates, and at the end; None: only at the end.
-            checkpoint: called with the number of updates so far.
+            checkpoint: called on every rank at the same step, with how far the run is. With K > 0 also while the last
+                gradients still wait, so that a longer run can go on as if this one had not ended.
             checkpoint_steps: call it after every so many updates, and at the end; None: only at the end.
+            start: how far the strategy's state is; None: at the beginning.
         """
         self._strategy = strategy
         self._batches = batches
@@ -109,6 +140,7 @@ class Trainer:
         self._eval_steps = eval_steps
         self._checkpoint = checkpoint
         self._checkpoint_steps = checkpoint_steps
+        self._start = start or Progress()
 
     def run(
         self,
@@ -121,8 +153,8 @@ class Trainer:
         Args:
             metrics: gets a row per step.
             comm: adds up evaluations over ranks and knows the telemetry; None: one process.
-            stop: set it from any thread or signal handler, on any rank. The step under way is finished, all
-                pending gradients are applied, and the last evaluation is left out.
+            stop: set it from any thread or signal handler, on any rank. The step under way is finished, and the last
+                evaluation is left out. Gradients that wait (K > 0) go into the checkpoint, or without one are applied.
 
         Raises:
             TrainingStopped: the loss is not finite.
@@ -162,31 +194,37 @@ class _Run:
         self._comm = comm
         self._stop = stop
         self._timing = _StepTiming(comm)
-        self._done = 0
-        self._samples = 0
-        self._rank_samples = 0
-        self._tokens = 0
-        self._train_s = 0.0
+        start = trainer._start
+        self._done = start.steps
+        self._computed = start.computed
+        self._samples = start.samples
+        self._rank_samples = start.rank_samples
+        self._tokens = start.tokens
+        self._train_s = start.train_s
+        self._train_loss = start.train_loss
+        self._is_drained = False
         self._last: StepResult | None = None
-        self._last_row: JsonObject = {}
         self._eval: EvalSums | None = None
         self._evaluated_at = -1
-        self._saved_at = -1
+        self._saved_at = start.steps
+        self._began = time.monotonic() - start.wall_s
 
     def run(self) -> TrainResult:
-        started = time.monotonic()
         steps = self._trainer._steps
-        batches = iter(itertools.islice(self._trainer._batches, steps))
+        batches = iter(itertools.islice(self._trainer._batches, max(0, steps - self._computed)))
         while True:
             lap = time.monotonic()
-            micro_batches = next(batches, None)
+            with self._timing.traced("load wait"):
+                micro_batches = next(batches, None)
             if micro_batches is None:
                 break
             micro_batches = as_batches(micro_batches)
             if self._stop.is_set():
                 self._strategy.request_stop()
             self._rank_samples += sum(batch.samples for batch in micro_batches)
-            result = self._strategy.train_step(micro_batches)
+            with self._timing.traced("step"):
+                result = self._strategy.train_step(micro_batches)
+            self._computed += 1
             step_s = time.monotonic() - lap
             self._train_s += step_s
             self._timing.collect()
@@ -196,12 +234,18 @@ class _Run:
                     break
         stopped = self._last is not None and self._last.stop and self._last.step < steps - 1
         self._finish(stopped)
-        return self._result(time.monotonic() - started, stopped)
+        return self._result(stopped)
 
     def _finish(self, stopped: bool) -> None:
         """Apply what is still pending; then evaluate and save what the last step has left undone."""
+        if self._computed > self._done and self._trainer._checkpoint is not None:
+            self._save(is_due=True)
+            if stopped:
+                return  # what is pending is kept for the run that goes on from here
+        self._is_drained = self._computed > self._done
         lap = time.monotonic()
-        results = self._strategy.finish()
+        with self._timing.traced("finish"):
+            results = self._strategy.finish()
         finish_s = time.monotonic() - lap
         self._train_s += finish_s
         self._timing.collect()
@@ -209,17 +253,20 @@ class _Run:
             # All pending updates are applied by now, so only the last row can tell of an evaluation.
             is_last = result is results[-1]
             self._after_step(result, finish_s / len(results), may_evaluate=is_last and not stopped, is_last=is_last)
-        if self._last is None:
+        if self._done == 0:
             return
         if not stopped and self._trainer._eval_batches and self._evaluated_at != self._done:
-            # The batches ended early: the last step's row is out already.
-            row: JsonObject = {"time": time.time(), "rank": self._timing.rank, "step": self._last.step}
-            self._metrics.write(row | self._evaluate())
+            # The batches ended early, or a resumed run was at its end: the last step's row is out already.
+            row: JsonObject = {"time": time.time(), "rank": self._timing.rank, "step": self._done - 1}
+            row |= self._evaluate()
+            if self._last is not None:
+                self._metrics.write(row)
         self._save(is_due=True)
 
     def _after_step(self, result: StepResult, step_s: float, *, may_evaluate: bool, is_last: bool) -> None:
         trainer = self._trainer
         self._last = result
+        self._train_loss = _json_number(result.loss)
         self._done += 1
         self._samples += result.samples
         self._tokens += result.count
@@ -247,34 +294,49 @@ class _Run:
     def _save(self, is_due: bool) -> None:
         if is_due and self._trainer._checkpoint and self._saved_at != self._done:
             self._saved_at = self._done
-            self._trainer._checkpoint(self._done)
+            progress = Progress(
+                steps=self._done,
+                computed=self._computed,
+                is_drained=self._is_drained,
+                samples=self._samples,
+                rank_samples=self._rank_samples,
+                tokens=self._tokens,
+                wall_s=time.monotonic() - self._began,
+                train_s=self._train_s,
+                train_loss=self._train_loss,
+            )
+            with self._timing.traced("checkpoint"):
+                self._trainer._checkpoint(progress)
+            self._timing.collect()
+            self._timing.skip_bytes()  # what saving sends belongs to no step
 
     def _evaluate(self) -> JsonObject:
         """Evaluate this rank's part and add the sums up over all ranks, exactly."""
         assert self._trainer._eval_batches is not None
         sums = EvalSums(0.0, 0, 0, 0)
-        for batch in self._trainer._eval_batches():
-            sums = sums + self._strategy.eval_step(batch)
-        if self._comm is not None:
-            total = torch.tensor([sums.loss_sum, sums.count, sums.correct, sums.graded], dtype=torch.float64)
-            self._comm.all_reduce(total).wait()
-            sums = EvalSums(float(total[0]), *(round(number) for number in total[1:].tolist()))
+        with self._timing.traced("evaluate"):
+            for batch in self._trainer._eval_batches():
+                sums = sums + self._strategy.eval_step(batch)
+            if self._comm is not None:
+                total = torch.tensor([sums.loss_sum, sums.count, sums.correct, sums.graded], dtype=torch.float64)
+                self._comm.all_reduce(total).wait()
+                sums = EvalSums(float(total[0]), *(round(number) for number in total[1:].tolist()))
         self._timing.collect()
         self._timing.skip_bytes()
         self._eval, self._evaluated_at = sums, self._done
         loss, accuracy, perplexity = _eval_numbers(sums)
         return {"val/loss": loss, "val/accuracy": accuracy, "val/perplexity": perplexity}
 
-    def _result(self, wall_s: float, stopped: bool) -> TrainResult:
+    def _result(self, stopped: bool) -> TrainResult:
         loss, accuracy, perplexity = _eval_numbers(self._eval)
         return TrainResult(
             steps=self._done,
             samples=self._samples,
             rank_samples=self._rank_samples,
             tokens=self._tokens,
-            wall_s=wall_s,
+            wall_s=time.monotonic() - self._began,
             train_s=self._train_s,
-            train_loss=None if self._last is None else _json_number(self._last.loss),
+            train_loss=self._train_loss,
             val_loss=loss,
             val_accuracy=accuracy,
             val_perplexity=perplexity,
@@ -298,6 +360,10 @@ class _StepTiming:
             for span in self._telemetry.drain():
                 self._spans.setdefault(span.step, []).append(span)
 
+    def traced(self, name: str) -> AbstractContextManager[None]:
+        """Shows the time that the body takes in a trace."""
+        return nullcontext() if self._telemetry is None else self._telemetry.traced(name)
+
     def skip_bytes(self) -> None:
         """Leave the bytes since the last row out of the next one."""
         if self._telemetry is not None:
@@ -318,14 +384,19 @@ class _StepTiming:
         by_name: dict[str, list[Span]] = {}
         for span in spans:
             by_name.setdefault(span.name, []).append(span)
-        all_reduce_s, hidden_s = overlap_s(by_name.get("all_reduce", []), by_name.get("backward", []))
-        return traffic | {
+        compute: JsonObject = {
             "time/forward_s": _total_s(by_name.get("forward", [])),
             "time/backward_s": _total_s(by_name.get("backward", [])),
-            "time/comm_wait_s": _total_s(by_name.get("comm_wait", [])),
+        }
+        if "comm_wait" not in by_name:
+            return traffic | compute
+        all_reduce_s, hidden_s = overlap_s(by_name.get("all_reduce", []), by_name.get("backward", []))
+        communication: JsonObject = {
+            "time/comm_wait_s": _total_s(by_name["comm_wait"]),
             "time/all_reduce_s": all_reduce_s,
             "time/all_reduce_hidden_s": hidden_s,
         }
+        return traffic | compute | communication
 
 
 def _total_s(spans: list[Span]) -> float:

@@ -31,8 +31,39 @@ class Hello:
     run_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class SocketState:
+    """What the system says of one connection.
+
+    Attributes:
+        unacknowledged_bytes: taken by the system and not yet confirmed by the other side; 0 where it does not tell
+            (all but Linux).
+        buffer_bytes: how much the system takes before it would block; None: there is no socket.
+        wire_bytes: both directions, with headers, acknowledgements and what was sent again: what a network card
+            counts that sends one packet at a time. None where the system does not tell (all but Linux).
+    """
+
+    unacknowledged_bytes: int
+    buffer_bytes: int | None
+    wire_bytes: int | None
+
+
 class Channel(Protocol):
-    """A non-blocking byte stream to one peer. Has no thread: a communicator's loop drives it."""
+    """A non-blocking byte stream to one peer. Has no thread: a communicator's loop drives it.
+
+    Attributes:
+        sent_bytes: taken by the system so far, the handshake's included.
+        recv_bytes: received so far, the handshake's included.
+    """
+
+    @property
+    def sent_bytes(self) -> int: ...
+    @property
+    def recv_bytes(self) -> int: ...
+
+    def socket_state(self) -> SocketState:
+        """What the system says of it now; from any thread."""
+        ...
 
     def fileno(self) -> int:
         """The descriptor to poll."""
@@ -68,7 +99,19 @@ class Channel(Protocol):
 
 
 class ControlLink(Protocol):
-    """JSON messages to one peer on a connection of their own, so that bulk bytes never queue before heartbeats."""
+    """JSON messages to one peer on a connection of their own, so that bulk bytes never queue before heartbeats.
+
+    `sent_bytes` and `recv_bytes`: as a Channel's.
+    """
+
+    @property
+    def sent_bytes(self) -> int: ...
+    @property
+    def recv_bytes(self) -> int: ...
+
+    def socket_state(self) -> SocketState:
+        """What the system says of it now; from any thread."""
+        ...
 
     def send(self, message: JsonObject) -> None:
         """Send one message, from any thread. Blocks at most `patience` seconds.
@@ -97,6 +140,13 @@ class ControlLink(Protocol):
 
     def last_heard(self) -> float:
         """`time.monotonic()` at which the last byte arrived."""
+        ...
+
+    def arrived_at(self) -> float:
+        """`time.perf_counter()` at which the message that is being handled arrived. On the link's own thread.
+
+        On Linux that is when the kernel had it: how long this process then took to read it does not count.
+        """
         ...
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from smolcluster.errors import ConnectFailed, ConnectionLost, SmolError
 from smolcluster.kinds import JsonObject
-from smolcluster.transport.base import Channel, ControlLink, Ended, Hello
+from smolcluster.transport.base import Channel, ControlLink, Ended, Hello, SocketState
 from smolcluster.transport.tcp import CONTROL, TcpChannel
 
 logger = logging.getLogger(__name__)
@@ -126,12 +126,16 @@ class InprocListener:
 
 
 class InprocControlLink:
-    """A control link over two queues; None is the end of the stream."""
+    """A control link over two queues; None is the end of the stream. No bytes move, so none are counted."""
+
+    sent_bytes = 0
+    recv_bytes = 0
 
     def __init__(self, inbox: queue.SimpleQueue[JsonObject | None]) -> None:
         self._inbox = inbox
         self._peer: InprocControlLink | None = None
         self._heard = time.monotonic()
+        self._arrived = time.perf_counter()
         self._closed = False
         self._on_close: Callable[[SmolError], None] | None = None
         self._thread: threading.Thread | None = None
@@ -169,6 +173,12 @@ class InprocControlLink:
     def last_heard(self) -> float:
         return self._heard
 
+    def arrived_at(self) -> float:
+        return self._arrived
+
+    def socket_state(self) -> SocketState:
+        return SocketState(0, None, None)
+
     def close(self) -> None:
         self._closed = True
         self._inbox.put(None)
@@ -181,7 +191,7 @@ class InprocControlLink:
         ending: SmolError = ConnectionLost("the other side closed the control link")
         try:
             while (message := self._inbox.get()) is not None:
-                self._heard = time.monotonic()
+                self._heard, self._arrived = time.monotonic(), time.perf_counter()
                 handler(message)
         except Exception as exc:  # top of the thread: as TcpControlLink does
             logger.exception("control message not handled")
@@ -220,6 +230,17 @@ class FaultyChannel:
         self._received = 0
         self._scratch = bytearray(1 << 16)
         self._end: SmolError | None = None
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._inner.sent_bytes
+
+    @property
+    def recv_bytes(self) -> int:
+        return self._inner.recv_bytes
+
+    def socket_state(self) -> SocketState:
+        return self._inner.socket_state()
 
     def fileno(self) -> int:
         return self._inner.fileno()

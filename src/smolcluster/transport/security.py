@@ -173,6 +173,12 @@ def check_accept(reply: bytes, address: str, expected: bytes) -> None:
         raise AuthFailed(f"{address} does not know the cluster token: somebody else listens there")
 
 
+def handshake_bytes(hello: Hello) -> tuple[int, int]:
+    """How long a handshake that succeeds is: (from the dialler, from the listener)."""
+    names = len(hello.lane.encode()) + len(hello.run_id.encode())
+    return HELLO_BYTES + names + REPLY_BYTES, 2 * REPLY_BYTES
+
+
 def proofs_equal(mac: bytes, expected: bytes) -> bool:
     """Compare two MACs in constant time."""
     return hmac.compare_digest(mac, expected)

@@ -7,6 +7,7 @@ import logging
 import random
 import select
 import socket
+import struct
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from smolcluster.errors import (
 )
 from smolcluster.kinds import JsonObject
 from smolcluster.transport import messages, security
-from smolcluster.transport.base import Channel, ControlLink, Ended, Hello
+from smolcluster.transport.base import Channel, ControlLink, Ended, Hello, SocketState
 from smolcluster.transport.security import REFUSED_RUN, Refused, Transcript
 
 logger = logging.getLogger(__name__)
@@ -39,13 +40,23 @@ Argument = TypeVar("Argument")
 # Linux takes at most 1024 buffers in one sendmsg; more than 64 frames at once brings nothing.
 MAX_SEND_BUFFERS = 64
 _HAS_SENDMSG = hasattr(socket.socket, "sendmsg")  # not on Windows
+# The largest buffer that is asked for: the system call takes a C int, and Linux doubles it.
+MAX_BUFFER_BYTES = 1 << 30
+MIN_BUFFER_BYTES = 64 << 10
+# Linux's SO_TIMESTAMPNS, which Python does not name: recvmsg also says when the kernel had the bytes, as two int64.
+_ARRIVAL_TIME = 35
+_ARRIVAL_TIME_FORMAT = "=qq"
+_HAS_ARRIVAL_TIME = sys.platform == "linux" and sys.maxsize > 2**32  # with 32 bits it looks different
+# Of one packet: Ethernet 14, IP 20 or 40, TCP with time stamps 32.
+_HEADER_BYTES = {socket.AF_INET: 66, socket.AF_INET6: 86}
+_TCP_INFO_BYTES = 208  # up to and with tcpi_bytes_sent
 
 
 @dataclass(frozen=True, slots=True)
 class TcpOptions:
     """Socket options. `patience`: seconds until unacknowledged control messages count as a lost peer.
 
-    `buffer_bytes`: send and receive buffer, set before connect; None: the kernel tunes.
+    `buffer_bytes`: send and receive buffer, set before connect; None: the kernel tunes. The kernel may grant less.
     """
 
     patience: float = 5.0
@@ -73,8 +84,11 @@ def format_address(host: str, port: int) -> str:
 class TcpChannel:
     """A non-blocking authenticated connection. See transport.base.Channel."""
 
-    def __init__(self, sock: socket.socket, address: str) -> None:
+    def __init__(self, sock: socket.socket, address: str, sent_bytes: int = 0, recv_bytes: int = 0) -> None:
+        """`sent_bytes`, `recv_bytes`: what the handshake took."""
         sock.setblocking(False)
+        self.sent_bytes = sent_bytes
+        self.recv_bytes = recv_bytes
         self._sock = sock
         self._address = address
         self._error: SmolError | None = None
@@ -90,13 +104,13 @@ class TcpChannel:
 
     def try_send(self, buffers: Sequence[memoryview]) -> int:
         try:
-            if _HAS_SENDMSG:
-                return self._sock.sendmsg(buffers[:MAX_SEND_BUFFERS])
-            return self._sock.send(buffers[0])
+            sent = self._sock.sendmsg(buffers[:MAX_SEND_BUFFERS]) if _HAS_SENDMSG else self._sock.send(buffers[0])
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError as exc:
             raise self._lost(exc) from exc
+        self.sent_bytes += sent
+        return sent
 
     def try_recv_into(self, buffer: memoryview) -> int:
         try:
@@ -107,7 +121,11 @@ class TcpChannel:
             raise self._lost(exc) from exc
         if received == 0 and len(buffer) > 0:
             raise self._lost(None)
+        self.recv_bytes += received
         return received
+
+    def socket_state(self) -> SocketState:
+        return _socket_state(self._sock)
 
     def abort(self, error: SmolError) -> None:
         if self._error is None:
@@ -127,9 +145,23 @@ class TcpControlLink:
     _TICK = 0.5
 
     def __init__(
-        self, sock: socket.socket, session_key: bytes, *, is_dialler: bool, address: str, patience: float
+        self,
+        sock: socket.socket,
+        session_key: bytes,
+        *,
+        is_dialler: bool,
+        address: str,
+        patience: float,
+        sent_bytes: int = 0,
+        recv_bytes: int = 0,
     ) -> None:
-        sock.settimeout(self._TICK)
+        # Not a time-out: with one, Python waits before each call, and then again for the interpreter. That is up to
+        # 5 ms in a process that computes, and pings would measure it.
+        sock.setblocking(False)
+        if _HAS_ARRIVAL_TIME:
+            sock.setsockopt(socket.SOL_SOCKET, _ARRIVAL_TIME, 1)
+        self.sent_bytes = sent_bytes
+        self.recv_bytes = recv_bytes
         self._sock = sock
         self._address = address
         self._patience = patience
@@ -137,6 +169,7 @@ class TcpControlLink:
         self._incoming = messages.MessageCodec(session_key, from_dialler=not is_dialler)
         self._send_lock = threading.Lock()
         self._heard = time.monotonic()
+        self._arrived = time.perf_counter()
         self._on_message: Callable[[JsonObject], None] | None = None
         self._on_close: Callable[[SmolError], None] | None = None
         self._partial = bytearray()
@@ -151,9 +184,11 @@ class TcpControlLink:
                 if self._closing.is_set():
                     raise ConnectionLost(f"the control link to {self._address} is closed")
                 try:
-                    rest = rest[self._sock.send(rest) :]
-                except TimeoutError:
-                    if time.monotonic() > deadline:
+                    sent = self._sock.send(rest)
+                    self.sent_bytes += sent
+                    rest = rest[sent:]
+                except BlockingIOError:
+                    if not self._writable() and time.monotonic() > deadline:
                         with contextlib.suppress(OSError):
                             self._sock.shutdown(socket.SHUT_RDWR)  # half a message is under way: nothing may follow it
                         raise ConnectionLost(
@@ -178,6 +213,12 @@ class TcpControlLink:
     def last_heard(self) -> float:
         return self._heard
 
+    def arrived_at(self) -> float:
+        return self._arrived
+
+    def socket_state(self) -> SocketState:
+        return _socket_state(self._sock)
+
     def close(self) -> None:
         self._closing.set()
         with contextlib.suppress(OSError):
@@ -185,6 +226,13 @@ class TcpControlLink:
         if self._reader is not None and self._reader is not threading.current_thread():
             self._reader.join(timeout=2.0)
         self._sock.close()
+
+    def _writable(self) -> bool:
+        """Wait for one tick at most until the system takes more bytes."""
+        try:
+            return _ready(self._sock, self._TICK, sending=True)
+        except (OSError, ValueError) as exc:  # ValueError: closed by another thread meanwhile
+            raise ConnectionLost(f"the control link to {self._address} is closed") from exc
 
     def _read(self) -> None:
         assert self._on_message is not None
@@ -219,14 +267,17 @@ class TcpControlLink:
     def _fill(self, count: int, deadline: float) -> bool:
         while len(self._partial) < count:
             try:
-                if not _readable(self._sock, max(0.0, deadline - time.monotonic())):
+                if not _ready(self._sock, max(0.0, deadline - time.monotonic()), sending=False):
                     return False
-                piece = self._sock.recv(count - len(self._partial))
+                piece, waited = _receive(self._sock, count - len(self._partial))
+            except BlockingIOError:
+                continue
             except (OSError, ValueError) as exc:  # ValueError: closed by another thread meanwhile
                 raise ConnectionLost(f"{self._address} {_reason(exc if isinstance(exc, OSError) else None)}") from exc
             if not piece:
                 raise ConnectionLost(f"{self._address} {_reason(None)}")
-            self._heard = time.monotonic()
+            self._heard, self._arrived = time.monotonic(), time.perf_counter() - waited
+            self.recv_bytes += len(piece)
             self._partial += piece
         return True
 
@@ -250,6 +301,7 @@ class TcpListener:
             if sys.platform != "win32":  # there it would let two programs share the port
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             _set_buffers(self._sock, options)
+            _warn_of_small_buffers(self._sock, options)
             self._sock.bind((host, port))
             self._sock.listen(MAX_UNAUTHENTICATED)
         except OSError as exc:
@@ -342,14 +394,19 @@ class TcpListener:
         finally:
             with self._ready:
                 del self._strangers[threading.current_thread()]
+        _log_buffers(sock, self._options, f"rank {hello.rank}", hello.lane)
+        recv_bytes, sent_bytes = security.handshake_bytes(hello)
         with self._ready:
             if self._closing.is_set():
                 sock.close()
             elif hello.lane == CONTROL:
-                link = TcpControlLink(sock, key, is_dialler=False, address=address, patience=self._options.patience)
+                link = TcpControlLink(
+                    sock, key, is_dialler=False, address=address, patience=self._options.patience,
+                    sent_bytes=sent_bytes, recv_bytes=recv_bytes,
+                )  # fmt: skip
                 self._links.append((hello, link))
             else:
-                self._channels[(hello.rank, hello.lane)] = TcpChannel(sock, address)
+                self._channels[(hello.rank, hello.lane)] = TcpChannel(sock, address, sent_bytes, recv_bytes)
             self._ready.notify_all()
 
     def _authenticate(self, sock: socket.socket, address: str) -> tuple[Hello, bytes]:
@@ -396,15 +453,21 @@ class TcpNetwork:
     def dial_channel(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> Channel:
         """Connect and authenticate, trying again until `timeout`; see `dial`."""
         sock, _ = self._dial(address, hello, timeout, ended)
-        return TcpChannel(sock, address)
+        return TcpChannel(sock, address, *security.handshake_bytes(hello))
 
     def dial_control(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> ControlLink:
         """Connect and authenticate, trying again until `timeout`; see `dial`."""
         sock, key = self._dial(address, hello, timeout, ended)
-        return TcpControlLink(sock, key, is_dialler=True, address=address, patience=self._options.patience)
+        sent_bytes, recv_bytes = security.handshake_bytes(hello)
+        return TcpControlLink(
+            sock, key, is_dialler=True, address=address, patience=self._options.patience,
+            sent_bytes=sent_bytes, recv_bytes=recv_bytes,
+        )  # fmt: skip
 
     def _dial(self, address: str, hello: Hello, timeout: float, ended: Ended | None) -> tuple[socket.socket, bytes]:
-        return dial(address, hello, self._token, timeout, self._options, ended)
+        sock, key = dial(address, hello, self._token, timeout, self._options, ended)
+        _log_buffers(sock, self._options, address, hello.lane)
+        return sock, key
 
 
 def listen(host: str, port: int, *, token: bytes, run_id: str, options: TcpOptions | None = None) -> TcpListener:
@@ -513,18 +576,99 @@ class _Deadline:
             raise ConnectionLost(f"{self._address} {_reason(exc)}") from exc
 
 
-def _readable(sock: socket.socket, seconds: float) -> bool:
+def _receive(sock: socket.socket, count: int) -> tuple[bytes, float]:
+    """Up to `count` bytes, and the seconds since the kernel had the last of them; 0.0 where it does not say."""
+    if not _HAS_ARRIVAL_TIME:
+        return sock.recv(count), 0.0
+    piece, notes, _, _ = sock.recvmsg(count, socket.CMSG_SPACE(struct.calcsize(_ARRIVAL_TIME_FORMAT)))
+    for level, kind, stamp in notes:
+        if (level, kind) == (socket.SOL_SOCKET, _ARRIVAL_TIME):
+            seconds, nanoseconds = struct.unpack(_ARRIVAL_TIME_FORMAT, stamp)
+            return piece, max(0.0, time.time() - seconds - nanoseconds * 1e-9)  # the clock may have been set back
+    return piece, 0.0
+
+
+def _ready(sock: socket.socket, seconds: float, *, sending: bool) -> bool:
+    """Wait for at most `seconds` until the socket can be read (or written); False: it cannot yet."""
     if not hasattr(select, "poll"):  # Windows
-        return bool(select.select([sock], [], [], seconds)[0])
+        readable, writable, _ = select.select([] if sending else [sock], [sock] if sending else [], [], seconds)
+        return bool(readable or writable)
     poll = select.poll()  # knows descriptors above 1023, which a server with many clients has
-    poll.register(sock, select.POLLIN)
+    poll.register(sock, select.POLLOUT if sending else select.POLLIN)
     return bool(poll.poll(seconds * 1000))
 
 
 def _set_buffers(sock: socket.socket, options: TcpOptions) -> None:
-    if options.buffer_bytes is not None:  # before connect: the window scale is agreed on there
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, options.buffer_bytes)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, options.buffer_bytes)
+    """Ask for the buffers; before connect, because the window scale is agreed on there."""
+    if options.buffer_bytes is None:
+        return
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        nbytes = min(options.buffer_bytes, MAX_BUFFER_BYTES)
+        while nbytes >= MIN_BUFFER_BYTES:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, option, nbytes)
+                break
+            except OSError:  # macOS refuses what is above its limit; Linux and Windows take as much as is allowed
+                nbytes //= 2
+
+
+def _granted(sock: socket.socket) -> tuple[int, int]:
+    """(send, receive) buffer in bytes of payload. Linux reports twice that: it counts its own bookkeeping."""
+    share = 2 if sys.platform.startswith("linux") else 1
+    sent, received = (sock.getsockopt(socket.SOL_SOCKET, option) for option in (socket.SO_SNDBUF, socket.SO_RCVBUF))
+    return sent // share, received // share
+
+
+def _log_buffers(sock: socket.socket, options: TcpOptions, peer: str, lane: str) -> None:
+    with contextlib.suppress(OSError):  # gone already: whoever uses it hears of that
+        asked = "auto" if options.buffer_bytes is None else options.buffer_bytes
+        sent, received = _granted(sock)
+        logger.info("socket buffers peer=%s lane=%s asked=%s sent=%d recv=%d", peer, lane, asked, sent, received)
+
+
+def _warn_of_small_buffers(sock: socket.socket, options: TcpOptions) -> None:
+    """Once for a listener, which every rank has: the limit is the machine's, the same for all its connections."""
+    asked, granted = options.buffer_bytes, min(_granted(sock))
+    if asked is None or granted >= 0.9 * asked:
+        return
+    keys = ("net.core.wmem_max", "net.core.rmem_max") if sys.platform.startswith("linux") else ("kern.ipc.maxsockbuf",)
+    change = "" if sys.platform == "win32" else f": sysctl -w {' '.join(f'{key}={asked}' for key in keys)}"
+    logger.warning(
+        "socket buffers smaller than asked asked=%d granted=%d. Raise the system's limit%s, or leave "
+        "cluster.buffer_size out: the kernel then tunes them", asked, granted, change,
+    )  # fmt: skip
+
+
+def _socket_state(sock: socket.socket) -> SocketState:
+    """See SocketState; of a closed socket nothing is known."""
+    try:
+        buffer_bytes = _granted(sock)[0]
+    except OSError:
+        return SocketState(0, None, None)
+    return SocketState(_unacknowledged_bytes(sock), buffer_bytes, _wire_bytes(sock))
+
+
+def _unacknowledged_bytes(sock: socket.socket) -> int:
+    if sys.platform == "linux":
+        import fcntl
+        import termios
+
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed by another thread meanwhile
+            return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
+
+
+def _wire_bytes(sock: socket.socket) -> int | None:
+    """Bytes on the wire of both directions, from Linux's `struct tcp_info`; None elsewhere, or before Linux 4.19."""
+    if sys.platform == "linux" and sock.family in _HEADER_BYTES:
+        info = b""
+        with contextlib.suppress(OSError):
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        if len(info) == _TCP_INFO_BYTES:
+            received, segments_out, segments_in = struct.unpack_from("=QII", info, 128)
+            sent = struct.unpack_from("=Q", info, 200)[0]  # with what was sent again
+            return int(sent + received + _HEADER_BYTES[sock.family] * (segments_out + segments_in))
+    return None
 
 
 def _set_options(sock: socket.socket, options: TcpOptions, lane: str) -> None:

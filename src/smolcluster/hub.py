@@ -1,0 +1,115 @@
+"""Hugging Face's hub: what has an id there, as a folder on this machine; and libraries that come with an extra.
+
+Everything above reads folders only. So nothing that the network holds is executed, and what was loaded once loads
+again without a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import ssl
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from smolcluster.errors import ConfigError
+
+# "gpt2" or "openai-community/gpt2"; nothing that is meant as a path.
+_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+# The hub's own library tries for 20 s and more, file by file, before it says that there is no network.
+REACH_TIMEOUT = 5.0
+
+
+def import_extra(module: str, what: str, extra: str = "hf") -> Any:
+    """A library that the base install lacks.
+
+    Args:
+        module: its name.
+        what: who needs it, for the message: "model.type hf".
+        extra: the extra of smolcluster that brings it.
+
+    Raises:
+        ConfigError: it is not installed; names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as exc:
+        raise ConfigError(f'{what} needs {module} ({exc}). Install it: pip install "smolcluster[{extra}]"') from exc
+
+
+def find_folder(name: str, *, key: str, patterns: Sequence[str], is_whole: Callable[[Path], bool]) -> Path:
+    """The folder that a user named: a local one, or one of the hub in this machine's cache. May block on a download.
+
+    Args:
+        name: a folder, or a Hugging Face id.
+        key: the configuration key that it stands in, for messages.
+        patterns: which files are downloaded.
+        is_whole: whether a cached folder has all that is needed; otherwise it is downloaded.
+
+    Raises:
+        ConfigError: there is no such folder or id, or no network to ask.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _ID.fullmatch(name):
+        raise ConfigError(f"{key} is {name}, but there is no such folder. Name a folder or a Hugging Face id")
+    hub = import_extra("huggingface_hub", f"{key} {name}, a Hugging Face id,")
+    with contextlib.suppress(OSError, ValueError):
+        cached = Path(hub.snapshot_download(name, allow_patterns=[*patterns], local_files_only=True))
+        if is_whole(cached):
+            return cached
+    endpoint = hub.constants.ENDPOINT
+    reason = "HF_HUB_OFFLINE is set" if hub.constants.HF_HUB_OFFLINE else why_unreachable(endpoint)
+    if reason is not None:
+        raise ConfigError(
+            f"{key} is {name}: no folder here and not in the cache of Hugging Face, and {endpoint} cannot be reached "
+            f"({reason}). Connect this machine, or name a local folder"
+        )
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=[*patterns]))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(
+            f"{key} is {name}, which cannot be downloaded from {endpoint} ({first_line(exc)}). Check the id, or name a "
+            "local folder"
+        ) from exc
+
+
+def why_unreachable(url: str) -> str | None:
+    """Why nobody answers at an address within REACH_TIMEOUT; None: somebody does, whatever the answer. Blocks."""
+    import urllib.error
+    import urllib.request  # pulls in http, ssl and email: 50 ms that only a download has to pay
+
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=REACH_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return None
+    except OSError as exc:
+        cause = getattr(exc, "reason", exc)
+        # The hub's library has certificates of its own, which Python lacks on some machines.
+        return None if isinstance(cause, ssl.SSLError) else str(getattr(cause, "strerror", None) or cause)
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a line of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings; what is wrong is said by our errors. Restores both."""
+    logging = importlib.import_module("transformers.utils.logging")
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bars:
+            logging.enable_progress_bar()

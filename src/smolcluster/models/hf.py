@@ -1,0 +1,202 @@
+"""Any causal language model of transformers, from a folder or a Hugging Face id, as a module: tokens in, logits out.
+
+Text is padded on the right, if at all. Under causal attention no token sees what follows it, so the padding changes
+nothing for the tokens before it and needs no mask; its targets carry no loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from smolcluster.config.schema import ModelConfig
+from smolcluster.errors import CheckpointError, ConfigError
+from smolcluster.hub import first_line, import_extra, quiet_transformers
+from smolcluster.models.folder import model_folder, weight_files
+from smolcluster.models.init import named_seed
+from smolcluster.models.sampling import sample_tokens
+
+# What transformers raises for a config.json or weights that it can do nothing with.
+_REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+
+
+class HFModel(nn.Module):
+    """A causal language model of transformers, under its own parameter names.
+
+    Its parts are registered here directly, so `state_dict()` has the names of Hugging Face, without a prefix.
+    """
+
+    def __init__(self, inner: Any, max_seq_len: int | None) -> None:
+        """Take a transformers model over.
+
+        Args:
+            inner: an AutoModelForCausalLM.
+            max_seq_len: the longest sequence that it takes; None: any.
+        """
+        super().__init__()
+        for name, part in inner.named_children():
+            self.add_module(name, part)
+        object.__setattr__(self, "inner", inner)  # past nn.Module, which would register it as a part
+        self.max_seq_len = max_seq_len
+
+    inner: Any
+
+    def train(self, mode: bool = True) -> HFModel:
+        """Switch to training or evaluation; also the model that is no part of this one."""
+        self.inner.training = mode
+        return super().train(mode)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            tokens: (B, T) int64; sequences shorter than T are padded on the right with any token.
+
+        Returns:
+            (B, T, V).
+
+        Raises:
+            ConfigError: T is more than the model takes.
+        """
+        if self.max_seq_len is not None and tokens.shape[1] > self.max_seq_len:
+            raise ConfigError(
+                f"a sequence of {tokens.shape[1]} tokens is longer than the model's limit of {self.max_seq_len}. "
+                "Set a smaller model.max_seq_len"
+            )
+        logits: Tensor = self.inner(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+    ) -> Tensor:
+        """Continue each sequence (B, T) by `max_new_tokens`; see `sample_tokens`."""
+        return sample_tokens(
+            self,
+            lambda context: self(context)[:, -1],
+            tokens,
+            max_new_tokens,
+            max_seq_len=self.max_seq_len or tokens.shape[1] + max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write config.json and model.safetensors as transformers does, in the model's own dtype."""
+        with quiet_transformers():
+            # One file whatever its size: CONTRACT's export is model.safetensors.
+            self.inner.save_pretrained(folder, max_shard_size="100TB")
+
+
+def build_hf(config: ModelConfig, *, seed: int, vocab_size: int | None, with_weights: bool) -> HFModel:
+    """Build the model that `model.hf_model_name` names: float32, on the CPU, in training mode. Perhaps a download.
+
+    Args:
+        config: the section `model`.
+        seed: of random weights.
+        vocab_size: token ids of the data's tokenizer; None: not checked.
+        with_weights: load the published weights; False: random ones, which depend on (seed, module name) only.
+
+    Raises:
+        ConfigError: there is no such model, transformers does not know it, or it is too small for the data.
+        CheckpointError: its weights are damaged or incomplete.
+    """
+    transformers = import_extra("transformers", "model.type hf")
+    folder = model_folder(config.hf_model_name, with_weights=with_weights)
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(named_seed("", seed))
+        try:
+            hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if getattr(hf_config, "quantization_config", None) is not None:
+                raise ConfigError(f"the model in {folder} is quantized, which cannot be trained. Use the original")
+            if with_weights:
+                inner = _load(transformers, folder, hf_config)
+            else:
+                inner = transformers.AutoModelForCausalLM.from_config(
+                    hf_config, dtype=torch.float32, trust_remote_code=False
+                )
+        except _REFUSALS as exc:
+            raise ConfigError(
+                f"transformers cannot build a causal language model from {folder} ({first_line(exc)}). Code in a "
+                "model's folder is never executed; check the folder, and the version of transformers"
+            ) from exc
+        if not with_weights:
+            init_hf_parameters(inner, seed)
+    _check_sizes(config, inner, folder, vocab_size)
+    return HFModel(inner, _longest(inner)).train()
+
+
+def init_hf_parameters(inner: Any, seed: int) -> None:
+    """Initialise a model by its own rules, each module from (seed, module name); in place.
+
+    transformers draws all parameters from the global generator one after the other, so that each depends on what
+    was built before it. Here each module draws from a seed of its own. The global generator's state is used up:
+    call it in `fork_rng`. A tied parameter counts under its first module.
+    """
+    initialised: set[int] = set()
+
+    def visit(module: Any, name: str, owner: Any) -> None:
+        for child_name, child in module.named_children():
+            # A model inside a model has rules of its own.
+            is_model = hasattr(child, "_init_weights")
+            visit(child, f"{name}.{child_name}" if name else child_name, child if is_model else owner)
+        params = {id(param) for param in module.parameters(recurse=False)}
+        if params and params <= initialised:
+            return
+        initialised.update(params)
+        torch.default_generator.manual_seed(named_seed(name, seed))
+        # After its children: GPT-2's attention draws its projection again, narrower than a plain one.
+        owner._init_weights(module)
+
+    with torch.no_grad():
+        visit(inner, "", inner)
+    inner.tie_weights()
+
+
+def _load(transformers: Any, folder: Any, hf_config: Any) -> Any:
+    files = weight_files(folder)
+    try:
+        inner, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=hf_config,
+            dtype=torch.float32,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError) as exc:
+        raise CheckpointError(
+            f"the weights {files[0]} cannot be read ({first_line(exc)}). Download or copy them again"
+        ) from exc
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{files[0]} lacks {len(missing)} of the model's tensors (first: {missing[0]}). Name a folder with the "
+            "weights of the whole language model"
+        )
+    return inner
+
+
+def _check_sizes(config: ModelConfig, inner: Any, folder: Any, vocab_size: int | None) -> None:
+    rows = inner.get_input_embeddings().weight.shape[0]
+    if vocab_size is not None and vocab_size > rows:
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} ids, but the model in {folder} has {rows}. Set data.tokenizer to the "
+            "model's own"
+        )
+    longest = _longest(inner)
+    if longest is not None and config.max_seq_len > longest:
+        raise ConfigError(
+            f"model.max_seq_len is {config.max_seq_len}, but the model in {folder} takes at most {longest} tokens. "
+            f"Set model.max_seq_len={longest} or less"
+        )
+    if next(inner.parameters(recurse=False), None) is not None:
+        raise ConfigError(f"the model in {folder} has parameters outside of its parts, which this release cannot train")
+
+
+def _longest(inner: Any) -> int | None:
+    longest = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None

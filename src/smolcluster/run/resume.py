@@ -1,0 +1,206 @@
+"""Which checkpoint a run goes on from, and what of the first start stays as it was.
+
+The top imports no torch: the process that starts ranks needs it only to verify a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from smolcluster.config.schema import Config
+from smolcluster.errors import CheckpointError, ConfigError
+from smolcluster.kinds import Algorithm
+
+RUNS = Path("runs")
+LATEST = "latest"
+CHECKPOINTS = "checkpoints"
+# With another value of these the rest of the run would be that of another run.
+_FIXED = (
+    *("model", "data.dataset", "data.train_split", "data.text_column", "data.tokenizer", "data.streaming"),
+    *("training.precision", "training.optimizer", "cluster.seed", "cluster.staleness_bound"),
+)
+
+
+class RunMeta(BaseModel):
+    """What a checkpoint says of its run, beside the tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    algorithm: Algorithm
+    config: Config
+    world_size: int
+    global_batch: int
+    """Samples of a step over all ranks."""
+    progress: dict[str, Any]
+    """Fields of training.trainer.Progress."""
+    rank_samples: list[int]
+    """Samples that each rank has computed."""
+    position: dict[str, JsonValue]
+    """Where the data goes on."""
+    restarts: int = 0
+    """How often the run was resumed before."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """A checkpoint to go on from.
+
+    Attributes:
+        checkpoint: its folder.
+        run: the run folder that it belongs to.
+        step: updates that it has.
+        meta: what it says of its run.
+        notes: what the user should know of the choice.
+        is_newest: no whole checkpoint of the run is newer, but for its end where gradients would have waited.
+    """
+
+    checkpoint: Path
+    run: Path
+    step: int
+    meta: RunMeta
+    notes: tuple[str, ...] = ()
+    is_newest: bool = True
+
+
+def find_resume_point(what: str, out: Path | None, wanted: Mapping[str, str]) -> ResumePoint:
+    """The checkpoint that `--resume` means; blocks while it is verified.
+
+    Args:
+        what: `latest`, or the path of a checkpoint, a folder of checkpoints or a run folder.
+        out: `--out`, if given.
+        wanted: with `latest` and no `out`: `algorithm` and `model.type` of the run, as far as they are given.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if what != LATEST:
+        path = Path(what)
+        if not path.exists():
+            raise CheckpointError(f"--resume {path}: there is no such folder. Name a run folder or a checkpoint")
+        if (path / "index.json").exists() or path.name.startswith("step_"):
+            return _point(path, path.parent)
+        return _newest(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
+    if out is not None:
+        if not (out / CHECKPOINTS).is_dir():
+            raise CheckpointError(f"--resume latest: {out} has no checkpoints. Leave out --resume to start there")
+        return _newest(out / CHECKPOINTS)
+    for run in _runs_by_age():
+        try:
+            point = _newest(run / CHECKPOINTS)
+        except CheckpointError:
+            continue
+        is_like = {"algorithm": point.meta.algorithm, "model.type": point.meta.config.model.type}
+        if all(is_like[key] == value for key, value in wanted.items()):
+            return point
+    of = " with " + " and ".join(f"{key} {value}" for key, value in wanted.items()) if wanted else ""
+    raise CheckpointError(f"--resume latest: no run{of} under {RUNS}/ has a checkpoint. Name one: --resume PATH")
+
+
+def check_same_run(point: ResumePoint, config: Config) -> None:
+    """Refuse settings with which the rest would be that of another run.
+
+    Raises:
+        ConfigError: names the first key that differs.
+    """
+    for key in _FIXED:
+        for name, before, now in _differences(key, _at(point.meta.config, key), _at(config, key)):
+            raise ConfigError(
+                f"{name} is {now!r}, but the run that {point.checkpoint} is of has {before!r}. Leave it as it was, or "
+                "start a new run without --resume"
+            )
+
+
+def out_of(point: ResumePoint, out: Path | None) -> Path:
+    """The run folder that the resumed run writes into.
+
+    Raises:
+        ConfigError: it would overwrite what the run did after this checkpoint.
+    """
+    if out is not None and out.resolve() != point.run.resolve():
+        return out
+    if not point.is_newest:
+        raise ConfigError(
+            f"{point.checkpoint} is not the newest checkpoint of its run. To keep what came after it, give another "
+            "folder with --out; to go on from the newest: --resume " + str(point.run)
+        )
+    return point.run
+
+
+def batch_note(point: ResumePoint, config: Config, batch_size: int, world_size: int) -> str | None:
+    """What to say where the global batch of the files is not the one that is kept."""
+    before, computing = point.meta, 1 if config.algorithm == "single" else world_size
+    if batch_size * computing == before.global_batch:
+        return None
+    return (
+        f"training.batch_size {batch_size} is ignored: the run's global batch of {before.global_batch} samples is kept "
+        f"and dealt anew to {computing} {'rank' if computing == 1 else 'ranks'}"
+    )
+
+
+def _newest(checkpoints: Path) -> ResumePoint:
+    from smolcluster.checkpoint.store import newest_whole
+
+    path, skipped = newest_whole(checkpoints)
+    point = _point(path, checkpoints)
+    notes = [f"skipped: {reason}" for reason in skipped]
+    if point.meta.progress.get("is_drained"):
+        before = _before_draining(point, checkpoints)
+        if before is None:
+            notes.append(
+                f"{path.name} is the end of a run with staleness_bound > 0: no gradient waits in it, so what follows "
+                "differs a little from a run that was longer from the start"
+            )
+        else:
+            point = before
+    return ResumePoint(point.checkpoint, point.run, point.step, point.meta, tuple(notes))
+
+
+def _before_draining(point: ResumePoint, checkpoints: Path) -> ResumePoint | None:
+    """The checkpoint of the same point of the run in which the last gradients still wait."""
+    for path in checkpoints.glob("step_*"):
+        try:
+            other = _point(path, checkpoints)
+        except CheckpointError:
+            continue
+        if other.step < point.step == other.meta.progress.get("computed"):
+            return other
+    return None
+
+
+def _point(path: Path, checkpoints: Path) -> ResumePoint:
+    from smolcluster.checkpoint.store import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    try:
+        meta = RunMeta.model_validate(checkpoint.meta)
+    except ValidationError as exc:
+        raise CheckpointError(
+            f"{path} does not say which run it is of ({exc.errors()[0]['msg']}). Use a checkpoint that smolcluster "
+            "train wrote"
+        ) from exc
+    later = [other for other in checkpoints.glob("step_*") if other.name > path.name]
+    return ResumePoint(path, checkpoints.parent, checkpoint.step, meta, is_newest=not later)
+
+
+def _runs_by_age() -> list[Path]:
+    """Run folders under runs/, the one with the newest checkpoint first."""
+    stamps = [path for path in RUNS.glob(f"*/{CHECKPOINTS}/{LATEST}") if path.is_file()]
+    return [path.parent.parent for path in sorted(stamps, key=lambda path: path.stat().st_mtime_ns, reverse=True)]
+
+
+def _at(config: Config, key: str) -> JsonValue:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _differences(key: str, before: JsonValue, now: JsonValue) -> list[tuple[str, JsonValue, JsonValue]]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [(f"{key}.{name}", before.get(name), now[name]) for name in now if before.get(name) != now[name]]
+    return [(key, before, now)] if before != now else []
