@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smolcluster.device import prepare_process, resolve_device
+from smolcluster.device import is_out_of_memory, prepare_process, resolve_device
 from smolcluster.errors import ConfigError
 
 
@@ -39,3 +39,13 @@ def test_a_prepared_process_uses_one_thread_and_flushes_denormals() -> None:
     prepare_process()
     assert torch.get_num_threads() == 1
     assert (torch.tensor([1e-30]) * 1e-10).item() == 0.0
+
+
+@pytest.mark.parametrize("numbers", [2**62, 2**50])  # more bytes than an int holds; more than an address space
+def test_memory_that_cannot_be_had_is_known_from_other_errors(numbers: int) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(numbers, 7)
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.zeros(2) @ torch.zeros(3)
+    assert not is_out_of_memory(caught.value)

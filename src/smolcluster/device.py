@@ -51,3 +51,13 @@ def prepare_process() -> None:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the machine or of its GPU could not be had. The CPU's allocator raises a plain RuntimeError."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    known = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in known)

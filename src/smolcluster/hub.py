@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-import ssl
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,24 @@ def find_folder(name: str, *, key: str, patterns: Sequence[str], is_whole: Calla
 
 def why_unreachable(url: str) -> str | None:
     """Why nobody answers at an address within REACH_TIMEOUT; None: somebody does, whatever the answer. Blocks."""
+    reasons: list[str | None] = []
+    # On a thread: looking a name up has no limit of its own, and each of a name's addresses has the whole one.
+    asking = threading.Thread(target=lambda: reasons.append(_ask(url)), name="reach", daemon=True)
+    asking.start()
+    asking.join(REACH_TIMEOUT)
+    return reasons[0] if reasons else f"no answer within {REACH_TIMEOUT:g} s"
+
+
+def _ask(url: str) -> str | None:
+    import http.client
+    import ssl
     import urllib.error
     import urllib.request  # pulls in http, ssl and email: 50 ms that only a download has to pay
 
     request = urllib.request.Request(url, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=REACH_TIMEOUT).close()
-    except urllib.error.HTTPError:
+    except (urllib.error.HTTPError, http.client.HTTPException):
         return None
     except OSError as exc:
         cause = getattr(exc, "reason", exc)

@@ -24,7 +24,7 @@ MAX_TRACE_EVENTS = 500_000
 
 # Rows of a trace: what the training thread does, the buckets on their way, what the loader's thread does.
 COMPUTE = "compute"
-ALL_REDUCE = "all-reduce"
+BUCKETS = "buckets"
 LOADER = "loader"
 
 
@@ -86,6 +86,7 @@ class Telemetry:
         self._lock = threading.Lock()
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self._counters: dict[str, float] = {}
+        self._asked: dict[str, float] = {}  # the counters' values when `increase` was called last
         self.step = 0
         self.trace: TraceRecorder | None = None
 
@@ -98,6 +99,14 @@ class Telemetry:
         """The counter's value since the start, 0.0 if it was never written."""
         with self._lock:
             return self._counters.get(name, 0.0)
+
+    def increase(self, name: str) -> float:
+        """By how much the counter has grown since the last such call, the first time since the start."""
+        with self._lock:
+            value = self._counters.get(name, 0.0)
+            before = self._asked.get(name, 0.0)
+            self._asked[name] = value
+            return value - before
 
     def record(
         self,

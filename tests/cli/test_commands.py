@@ -199,3 +199,16 @@ def test_train_runs_as_a_module_and_as_a_file_of_a_checkout(tmp_path: Path) -> N
     (checkout / "config" / "presets" / "only_here.yaml").write_text("# a preset\nalgorithm: fsdp\n")
     as_file = python(str(checkout / "train.py"), "--preset", "only_here", cwd=tmp_path)
     assert (as_file.returncode, as_file.stderr[:22]) == (2, "error: algorithm fsdp ")
+
+
+def test_how_a_file_is_read_is_said_by_check_and_show_and_not_by_every_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {model_dim: 64}\n", encoding="utf-8")
+    for command in ("check", "show"):
+        files = [str(file)] if command == "check" else ["--config", str(file)]
+        assert run("config", command, *files) == 0
+        assert "is read as gpt" in "".join(capsys.readouterr())
+    assert run("train", "--config", str(file), "--local", "0") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

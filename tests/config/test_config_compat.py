@@ -177,6 +177,35 @@ def test_what_a_file_implies_is_lower_than_what_any_source_says() -> None:
     assert (resolved.config.model.type, resolved.warnings) == ("moe", ())
 
 
+def test_a_file_with_model_dim_means_gpt_above_a_preset_that_has_no_use_for_it() -> None:
+    text = "model: {model_dim: 64}\ndata: {dataset: pydoc}\n"
+    resolved = load(text, preset="classicdp_mnist")
+    assert (resolved.config.algorithm, resolved.config.model.type) == ("classicdp", "gpt")
+    assert resolved.sources["model.type"] == "run.yaml:1"
+    assert resolved.warnings == ("run.yaml:1: model.type: not given; a model with model_dim is read as gpt",)
+    resolved = load(text, preset="classicdp_mnist", overrides=["model.type=moe"])
+    assert (resolved.config.model.type, resolved.warnings) == ("moe", ())
+
+
+def test_a_type_that_is_given_with_model_dim_or_above_it_stays() -> None:
+    assert load("model: {model_dim: 64, type: simple_nn}\n", preset="single_mnist").config.model.type == "simple_nn"
+    assert load("model: {model_dim: 64}\n", overrides=["model.type=simple_nn"]).config.model.type == "simple_nn"
+    own = load_config(overrides=["model.type=my:Net"], environ={}).config
+    assert load("model: {model_dim: 64}\n", base=(own, "checkpoint x")).config.model.type == "my:Net"
+
+
+def test_an_override_of_model_dim_alone_means_gpt_too() -> None:
+    resolved = load_config(overrides=["model.model_dim=64"], environ={})
+    assert (resolved.config.model.type, resolved.sources["model.type"]) == ("gpt", "--override")
+
+
+def test_the_layers_of_a_cluster_file_count_for_a_gpt_that_names_none() -> None:
+    text = "num_layers: 4\nmodel: {type: gpt}\n"
+    assert load(text).config.model.num_layers == 4
+    assert load(text, overrides=["model.num_layers=2"]).config.model.num_layers == 2
+    assert load("num_layers: 4\nmodel: {type: simple_nn}\n").sources["model.num_layers"] == "default"
+
+
 def test_the_model_of_a_cluster_file_counts_where_no_model_is_given() -> None:
     resolved = load("model_name: causal_gpt2\nnum_layers: 4\n")
     assert (resolved.config.model.type, resolved.config.model.num_layers) == ("gpt", 4)

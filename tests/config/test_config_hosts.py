@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from smolcluster.config.hosts import Host, Member, address_clashes, members, rank_count, readings, roles
+from smolcluster.config.load import check_file, load_config
 from smolcluster.config.schema import Config
 from smolcluster.errors import ConfigError
 
@@ -238,6 +240,53 @@ def test_where_all_are_alike_the_server_among_them_is_said_and_a_shared_address_
     assert [text for _, text in readings(found)] == [
         "cluster.num_workers: 2 is read as all ranks, the server a among them"
     ]
+
+
+TOPOLOGY = """
+allToAllTopology:
+  workers:
+    regular:
+      - {hostname: mini2, rank: 1}
+      - {hostname: mini1, rank: 0}
+"""
+TWO_HOSTS = "host_ip: {mini1: 10.0.0.1, mini2: 10.0.0.2}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "num_workers: 3\nalgorithm: fsdp" + TOPOLOGY,
+            "3 (all ranks, for fsdp), but 2 machines are named (mini1, mini2)",
+        ),
+        ("num_workers: 3" + TOPOLOGY, "3, but 2 machines are named (mini1, mini2)"),
+        (
+            "num_workers: 2\nalgorithm: edp\nserver: mini1\nworkers: [mini2]\n" + TWO_HOSTS,
+            "2 (the ranks without the server, for edp), but 2 machines are named (mini1, mini2)",
+        ),
+        (
+            "num_workers: 2\nweb_interface: {api_port: 80}\nserver: mini1\n" + TWO_HOSTS,
+            "2 (the ranks without the server, for serving), but 2 machines are named (mini1, mini2)",
+        ),
+    ],
+)
+def test_check_refuses_a_number_of_workers_that_the_named_machines_contradict(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert check_file(file).errors == (f"{file}:1: cluster.num_workers: {message}",)
+    assert load_config(cluster_files=[file], environ={}).config.cluster.num_workers  # --local N does not use it
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_check_leaves_open_what_workers_are_counted_for_where_the_file_does_not_say(tmp_path: Path, count: int) -> None:
+    file = tmp_path / "a.yaml"
+    for algorithm in ("", "algorithm: single\n"):
+        file.write_text(
+            f"num_workers: {count}\n{algorithm}server: mini1\nworkers: [mini2]\n{TWO_HOSTS}", encoding="utf-8"
+        )
+        assert check_file(file).errors == ()
 
 
 def test_the_ranks_are_counted_without_names_too() -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from smolcluster.config.dump import config_yaml
 from smolcluster.config.load import Resolved, check_file, load_config
+from smolcluster.config.schema import ClusterConfig
 from smolcluster.errors import ConfigError
 
 
@@ -332,8 +334,25 @@ MISTAKES = {
     ),
     "doubled key": ("training:\n  epochs: 1\n  epochs: 2\n", "3: key epochs is given twice (first in line 2)"),
     "tab": ("training:\n\tepochs: 1\n", "2: a tab indents this line; YAML allows only spaces"),
-    "list at the top": ("- a\n- b\n", " expected `key: value` lines, found a list"),
-    "text at the top": ("hello\n", " expected `key: value` lines, found only 'hello'"),
+    "list at the top": ("- a\n- b\n", "1: expected `key: value` lines, found a list"),
+    "text at the top": ("hello\n", "1: expected `key: value` lines, found only 'hello'"),
+    "two documents": (
+        "a: 1\n---\nb: 2\n",
+        "2: not valid YAML: expected a single document in the stream, but found another document",
+    ),
+    "seed that torch does not know": (
+        "cluster:\n  seed: 9223372036854775808\n",
+        "2: cluster.seed: more than 9223372036854775807, the largest whole number that torch knows",
+    ),
+    "seconds that sockets do not know": (
+        "patience: 1e9\n",
+        "1: cluster.patience: got 1000000000.0, expected a number from 0.1 to 86400",
+    ),
+    "switch as seconds": ("patience: true\n", "1: cluster.patience: got true, expected a number from 0.1 to 86400"),
+    "key without a name": (
+        "cluster:\n  '': 3\n",
+        "2: unknown key cluster.''; keys of cluster: " + ", ".join(ClusterConfig.model_fields),
+    ),
     "unclosed bracket": ("a: [1, 2\n", "2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
     "two values in a line": ("a: b: c\n", "1: not valid YAML: mapping values are not allowed here"),
     "list as a key": ("? [a, b]\n: 3\n", "1: a key must be a name, not a list or a mapping"),
@@ -410,15 +429,15 @@ MISTAKES = {
     "doubled worker": ("workers: [a, a]\n", "1: cluster.workers: a is given twice"),
     "doubled hostname": (
         TOPOLOGY + "      - {hostname: a, rank: 0}\n      - {hostname: a, rank: 1}\n",
-        "2: cluster.allToAllTopology.workers: the hostname a is given twice",
+        "5: cluster.allToAllTopology.workers.regular[1].hostname: a is given twice",
     ),
     "doubled rank": (
         TOPOLOGY + "      - {hostname: a, rank: 0}\n      - {hostname: b, rank: 0}\n",
-        "2: cluster.allToAllTopology.workers: the rank 0 is given twice",
+        "5: cluster.allToAllTopology.workers.regular[1].rank: 0 is given twice",
     ),
     "gap in the ranks": (
         TOPOLOGY + "      - {hostname: a, rank: 0}\n      - {hostname: b, rank: 2}\n",
-        "2: cluster.allToAllTopology.workers: the ranks are 0, 2; expected 0 to 1 without a gap",
+        "3: cluster.allToAllTopology.workers.regular: the ranks are 0, 2; expected 0 to 1 without a gap",
     ),
     "entry without a rank": (
         TOPOLOGY + "      - hostname: a\n        ip: 10.0.0.1\n",
@@ -577,6 +596,12 @@ def test_what_is_probably_not_meant_is_a_warning(folder: Path, text: str, warnin
     report = check_file(write(folder, text))
     assert report.errors == ()
     assert report.warnings == (f"run.yaml:{warning}",)
+
+
+def test_the_config_file_of_a_run_names_all_keys_and_warns_of_none(folder: Path) -> None:
+    for preset in ("single_mnist", "single_gpt"):
+        file = write(folder, config_yaml(load(preset=preset).config))
+        assert [warning for warning in check_file(file).warnings if "no effect" in warning] == []
 
 
 def test_hosts_with_ports_of_their_own_do_not_clash(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from data.text_files import data_folder, everything, text_of
 from smolcluster.data.datasets import ClassesDataset, Dataset, TextDataset
 from smolcluster.data.pydoc_text import pydoc_texts
-from smolcluster.data.source import load_splits
+from smolcluster.data.source import load_splits, open_data
 from smolcluster.errors import ConfigError, DataError
 
 # --- classes
@@ -130,6 +130,15 @@ def test_mnist_is_looked_for_in_the_data_folder_of_the_environment(
 
 
 # --- text
+
+
+def test_a_folder_that_nobody_may_look_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path) -> bool:  # as in a folder of mode 000, which root may look into all the same
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    with pytest.raises(DataError, match=r"dataset mnist: .*train-images.* cannot be read \(Permission denied\)"):
+        open_data("mnist", root=tmp_path)
 
 
 def test_windows_are_full_do_not_overlap_and_predict_the_next_token() -> None:

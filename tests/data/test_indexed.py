@@ -70,6 +70,7 @@ def test_a_batch_without_samples_keeps_its_shape() -> None:
         ([{"input_ids": 1, "labels": 2}], r"sample 0 has the keys input_ids, labels, but not inputs, targets"),
         ([torch.zeros(2)], r"sample 0 is a Tensor\. Give pairs"),
         ([(1, 2, 3)], r"sample 0 is a tuple"),
+        ([(1, 2.5)], r"the target of sample 0 is 2\.5\. Targets are classes or tokens: give whole numbers"),
     ],
 )
 def test_what_is_no_sample_is_an_error_that_says_what_is_wanted(samples: list[Any], message: str) -> None:

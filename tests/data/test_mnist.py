@@ -181,9 +181,13 @@ def test_the_download_is_bounded_and_without_a_network_an_oserror(monkeypatch: p
         asked.append((url, timeout))
         return Response()
 
+    reasons = [None, "Temporary failure in name resolution"]
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.setattr(download, "why_unreachable", lambda url: reasons.pop(0))
     monkeypatch.setattr(download, "MAX_BYTES", 10)
     with pytest.raises(OSError, match="more than 10 bytes"):
+        download.fetch_url("https://example.invalid/file")
+    with pytest.raises(OSError, match="Temporary failure in name resolution"):
         download.fetch_url("https://example.invalid/file")
     assert asked == [("https://example.invalid/file", download.TIMEOUT)]
 

@@ -81,6 +81,15 @@ def test_a_pair_that_is_too_long_loses_the_end_of_its_premise_and_keeps_its_labe
     assert len(dataset) == 1
 
 
+@pytest.mark.parametrize("max_seq_len", [20, 36, 44])
+def test_where_the_label_of_a_pair_stands_does_not_tell_which_it_is(max_seq_len: int) -> None:
+    pairs = [PAIRS[1]._replace(label=label) for label in snli.LABELS]
+    dataset = encode_pairs(pairs, ByteTokenizer(), max_seq_len)
+    graded = dataset.graded(torch.arange(3))
+    assert graded is not None
+    assert len(set(graded.int().argmax(dim=1).tolist())) == 1
+
+
 def test_a_window_without_room_for_a_label_is_refused() -> None:
     encode_pairs(PAIRS, ByteTokenizer(), 15)
     with pytest.raises(DataError, match=r"a label takes 13 tokens, but model\.max_seq_len=14 leaves 12"):

@@ -152,6 +152,18 @@ def test_padding_on_the_right_needs_no_mask(family: str, folders: dict[str, Path
         torch.testing.assert_close(written_out[mask].double(), ours[mask], rtol=0, atol=1e-5)
 
 
+def test_padding_brings_no_advice_to_pass_a_mask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = load(make_hf_folder(tmp_path, "gpt2", pad_token_id=0))
+    logger = transformers().logging.get_logger("transformers.modeling_utils")
+    logger.warning_once.cache_clear()  # said once a process
+    logger.addHandler(caplog.handler)
+    try:
+        model(torch.zeros(1, TIME, dtype=torch.int64))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_are_hugging_faces_and_tied_weights_count_once(family: str, folders: dict[str, Path]) -> None:
     theirs = transformers().AutoModelForCausalLM.from_pretrained(folders[family])
@@ -276,6 +288,19 @@ def test_sizes_that_do_not_fit_are_errors_that_name_the_key(folders: dict[str, P
         build_model(section(folders["llama"]), seed=0, vocab_size=24)
     with pytest.raises(ConfigError, match=r"a sequence of 13 tokens is longer than the model's limit of 12"):
         load(folders["gpt2"])(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_a_model_that_sees_the_next_token_is_refused(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = transformers().BertConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=TIME)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"\(bert\) reads texts in both directions"):
+        build_model(section(tmp_path), seed=0)
+    config.is_decoder = True
+    config.save_pretrained(tmp_path)
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    first, second = build_model(section(tmp_path), seed=0).eval()(tokens)
+    torch.testing.assert_close(first[:2], second[:2])
 
 
 def test_code_in_a_folder_is_never_executed(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -449,3 +474,23 @@ def test_nobody_listening_is_noticed_and_an_answer_of_any_kind_counts() -> None:
         thread.start()
         assert hub.why_unreachable(f"http://127.0.0.1:{server.getsockname()[1]}") is None
         thread.join(10)
+
+
+def test_a_name_that_cannot_be_looked_up_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    end = threading.Event()
+    ended = threading.Event()
+
+    def ask(url: str) -> str | None:  # the system's look-up takes its time, whatever limit is asked for
+        end.wait(20)
+        ended.set()
+        return None
+
+    monkeypatch.setattr(hub, "_ask", ask)
+    monkeypatch.setattr(hub, "REACH_TIMEOUT", 0.05)
+    try:
+        assert hub.why_unreachable("https://example.invalid") == "no answer within 0.05 s"
+    finally:
+        end.set()
+        assert ended.wait(20)

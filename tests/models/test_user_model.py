@@ -44,6 +44,10 @@ class Failing(nn.Module):
         super().__init__()
         raise RuntimeError("no such\\nthing")
 
+class Empty(nn.Module):
+    def forward(self, tokens):
+        return tokens
+
 class NoModule:
     pass
 
@@ -113,13 +117,14 @@ def test_a_class_with_init_rules_is_initialised_by_name(package: Path) -> None:
             {"width": "x"},
             r"cannot be made: TypeError: .*models\.py, line 11\). Check model\.args",
         ),
-        ("mine.deep.models:Bog", {}, r"models\.py has no Bog; its models are: Bag, Ruled, Failing"),
+        ("mine.deep.models:Bog", {}, r"models\.py has no Bog; its models are: Bag, Ruled, Failing, Empty"),
         ("mine.deep.models:NoModule", {}, r"NoModule is no subclass of torch\.nn\.Module"),
         ("mine.deep.models:a_function", {}, r"a_function is no subclass of torch\.nn\.Module"),
         ("mine.elsewhere:Bag", {}, r"there is no module mine\.elsewhere in .* or on PYTHONPATH"),
         ("theirs.models:Bag", {}, r"there is no module theirs in .* or on PYTHONPATH"),
         ("mine.broken:Bag", {}, r"importing mine\.broken fails: ZeroDivisionError: .*broken\.py, line 2\)"),
-        ("mine.syntax:Bag", {}, r"importing mine\.syntax fails: SyntaxError"),
+        ("mine.syntax:Bag", {}, r"importing mine\.syntax fails: SyntaxError: .* \(.*syntax\.py, line 1\)\. Mend"),
+        ("mine.deep.models:Empty", {}, r"mine\.deep\.models:Empty has no parameters to train"),
         ("mine.lacking:Bag", {}, r"importing mine\.lacking fails: .*No module named 'a_package_that_nobody_has'"),
         ("mine.script:Bag", {}, r"importing mine\.script fails: SystemExit: 1"),
     ],

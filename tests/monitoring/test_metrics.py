@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,33 @@ def test_a_full_disk_stops_training_and_names_the_file() -> None:
     metrics = MetricsFile(Path("/dev/full"))
     with pytest.raises(TrainingStopped, match="/dev/full"):
         metrics.write({"step": 0})
-    metrics.close()  # tries the row in its buffer again, and does not raise a second time
+    metrics.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on a file's length")
+def test_a_disk_that_fills_up_within_a_row_leaves_whole_rows(tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # the system then takes a part of the row, and refuses the rest
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        for step in range(2):  # 45 bytes each
+            metrics.write({"step": step, "text": "x" * 20})
+        with pytest.raises(TrainingStopped, match=r"metrics\.jsonl"):
+            metrics.write({"step": 2, "text": "x" * 20})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1]
+    metrics.write({"step": 2})  # there is space again
+    metrics.close()
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2]
 
 
 def test_a_summary_has_every_key_and_null_for_what_is_unknown(tmp_path: Path) -> None:

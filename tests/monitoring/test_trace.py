@@ -103,7 +103,7 @@ def test_every_rank_is_a_process_with_the_same_rows(traced: Traced) -> None:
     for rank in range(WORLD_SIZE):
         names = [name for (pid, _), name in sorted(traced.trace.threads.items()) if pid == rank]
         peers = [peer for peer in range(WORLD_SIZE) if peer != rank]
-        assert names[:2] == ["compute", "all-reduce"]
+        assert names[:2] == ["compute", "buckets"]
         assert names[2:] == [f"recv from rank {peer}" for peer in peers] + [f"send to rank {peer}" for peer in peers]
     assert traced.notes == [f"the trace is {traced.path}; open it in https://ui.perfetto.dev", None, None]
 
@@ -113,9 +113,9 @@ def test_the_training_thread_shows_what_it_does(traced: Traced) -> None:
         counts: dict[str, int] = {}
         for event in traced.trace.spans(rank, "compute"):
             counts[event["name"]] = counts.get(event["name"], 0) + 1
-        for name in ("step", "forward", "backward", "comm_wait", "optimizer"):
+        for name in ("step", "forward", "backward", "comm_wait (all_reduce)", "optimizer"):
             assert counts.pop(name) == STEPS, name
-        assert counts.pop("load wait") == STEPS + 1  # the last finds that there is no more
+        assert counts.pop("next batch") == STEPS + 1  # the last finds that there is no more
         assert counts.pop("evaluate") == 1
         assert counts.pop("finish") == 1
         assert counts.pop("checkpoint") in (1, 2)  # K > 0: also before the last gradients are applied
@@ -138,17 +138,17 @@ def test_every_bucket_of_every_step_is_there_on_every_rank(traced: Traced) -> No
     sizes = [sum(params[index].nbytes for index in bucket) for bucket in layout]
     sizes[-1] += (6 + len(params)) * 4  # the tail: see bucket.py
     for rank in range(WORLD_SIZE):
-        spans = sorted(traced.trace.spans(rank, "all-reduce"), key=lambda event: event["args"]["sequence"])
+        spans = sorted(traced.trace.spans(rank, "buckets"), key=lambda event: event["args"]["sequence"])
         found = [(event["args"]["step"], event["args"]["bucket"], event["args"]["bytes"]) for event in spans]
         assert found == [(step, bucket, nbytes) for step in range(STEPS) for bucket, nbytes in enumerate(sizes)]
         sequences = {event["args"]["sequence"] for event in spans}
-        assert sequences == {event["args"]["sequence"] for event in traced.trace.spans(0, "all-reduce")}
+        assert sequences == {event["args"]["sequence"] for event in traced.trace.spans(0, "buckets")}
         assert len(sequences) == len(spans)
 
 
 def test_bytes_on_the_wire_are_those_of_the_ring_and_of_one_round(traced: Traced) -> None:
     """A bucket of more than 256 KiB goes around the ring to one neighbour, a smaller one to everybody at once."""
-    spans = traced.trace.spans(0, "all-reduce")
+    spans = traced.trace.spans(0, "buckets")
     large = [event for event in spans if event["args"]["bytes"] > 256 << 10]
     small = [event for event in spans if event["args"]["bytes"] <= 256 << 10]
     assert large
@@ -180,15 +180,22 @@ def test_waits_agree_with_the_metrics(traced: Traced) -> None:
         waited = sum(row["time/comm_wait_s"] for row in rows)
         backward = sum(row["time/backward_s"] for row in rows)
         # The same measurement, in whole microseconds of a clock whose rate may be corrected.
-        assert traced.trace.total_s(rank, "comm_wait") == pytest.approx(waited, rel=1e-2, abs=1e-6 * STEPS)
+        assert traced.trace.total_s(rank, "comm_wait (all_reduce)") == pytest.approx(waited, rel=1e-2, abs=1e-6 * STEPS)
         assert traced.trace.total_s(rank, "backward") == pytest.approx(backward, rel=1e-2, abs=1e-6 * STEPS)
+
+
+def test_no_other_row_of_the_training_has_a_name_that_could_be_taken_for_the_wait(traced: Traced) -> None:
+    for rank in range(WORLD_SIZE):
+        spans = [span for track in ("compute", "buckets") for span in traced.trace.spans(rank, track)]
+        for word in ("wait", "reduce"):
+            assert {span["name"] for span in spans if word in span["name"]} == {"comm_wait (all_reduce)"}
 
 
 def test_the_all_reduces_of_a_step_begin_in_its_backward_and_end_in_its_wait(traced: Traced) -> None:
     for rank in range(WORLD_SIZE):
-        buckets = traced.trace.spans(rank, "all-reduce")
+        buckets = traced.trace.spans(rank, "buckets")
         for wait, backward in zip(
-            traced.trace.spans(rank, "compute", "comm_wait"),
+            traced.trace.spans(rank, "compute", "comm_wait (all_reduce)"),
             traced.trace.spans(rank, "compute", "backward"),
             strict=True,
         ):

@@ -278,6 +278,18 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
             WandbRuns(make_config("offline"), 1, None, print)
 
 
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'wandb'"), ValueError("wandb.__spec__ is None")]
+)
+def test_a_blocked_package_is_a_missing_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def blocked(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("smolcluster.monitoring.wandb_runs.find_spec", blocked)
+    with pytest.raises(ConfigError, match="wandb is not installed"):
+        WandbRuns(make_config("offline"), 1, None, print)
+
+
 def test_a_run_is_named_by_algorithm_machine_rank_learning_rate_and_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "attic.local")
     config = make_config("offline", "training.learning_rate=6e-4", "training.batch_size=8")

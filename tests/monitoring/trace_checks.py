@@ -52,9 +52,10 @@ class TraceFile:
         found: dict[tuple[Any, ...], dict[str, Event]] = defaultdict(dict)
         for event in self.events:
             if event["ph"] == "X" and "dst" in event["args"]:
-                side, call = event["name"].split()
                 args = event["args"]
-                key = (args["group"], call, args["sequence"], args["src"], args["dst"])
+                side, what = event["name"].split(maxsplit=1)
+                assert what == (f"bucket {args['bucket']}" if "bucket" in args else args["call"])
+                key = (args["group"], args["call"], args["sequence"], args["src"], args["dst"])
                 assert side not in found[key], event
                 found[key][side] = event
         return found

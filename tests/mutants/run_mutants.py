@@ -101,8 +101,8 @@ MUTANTS = (
     Mutant(
         "single: never clipped",
         "algorithms/single.py",
-        "grad_norm = clip_gradients(self._params, self._grad_clip_norm, due.correction / due.loss_scale)",
-        "grad_norm = clip_gradients(self._params, None, due.correction / due.loss_scale)",
+        "grad_norm = clip_gradients(self._params, self._grad_clip_norm, correction)",
+        "grad_norm = clip_gradients(self._params, None, correction)",
         SINGLE_TESTS,
     ),
 )

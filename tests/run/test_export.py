@@ -244,6 +244,19 @@ def test_a_damaged_checkpoint_is_named(
         assert not (tmp_path / "out").exists()
 
 
+def test_a_newer_checkpoint_that_is_damaged_is_passed_over_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, model = a_run(tmp_path / "run", gpt_config())
+    newer = save_model(source / "checkpoints", model, gpt_config(), step=9)
+    (newer / "weights.safetensors").unlink()
+    assert run("export", source, tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert "gpt after 7 steps" in out
+    assert err.startswith("skipped: ")
+    assert str(newer / "weights.safetensors") in err
+
+
 def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

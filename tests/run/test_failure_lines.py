@@ -66,6 +66,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(command: Any, tmp_path: Path) -
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == len(rows) < 12
 
 
+def test_a_model_beyond_all_memory_is_told_in_one_line(command: Any, tmp_path: Path) -> None:
+    sizes = overrides("model.hidden=1000000000000000", "cluster.memory=1e12")  # no warning beforehand
+    ended = command(*COMMON, *sizes, "--out", str(tmp_path / "run"))
+    assert ended.code == 2
+    assert ended.error() == (
+        "error: the model does not fit into this machine's memory. Make the sizes of model smaller"
+    )
+
+
 def test_skip_nonfinite_passes_over_such_steps(command: Any, tmp_path: Path) -> None:
     ended = command(*COMMON, *WILD, "--skip-nonfinite", "--out", str(tmp_path / "run"))
     assert ended.code == 0, ended.err

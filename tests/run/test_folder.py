@@ -91,3 +91,6 @@ def test_units_follow_the_data() -> None:
     text = load_config("classicdp_gpt").config
     assert (loss_unit(text), rate_unit(text)) == ("nats per byte", "tokens")
     assert (loss_unit(CONFIG), rate_unit(CONFIG)) == ("nats", "samples")
+    for config, units in ((text, ("nats per byte", "tokens")), (CONFIG, ("nats", "samples"))):
+        own_model = config.model_copy(update={"model": config.model.model_copy(update={"type": "mine:Net"})})
+        assert (loss_unit(own_model), rate_unit(own_model)) == units

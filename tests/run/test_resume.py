@@ -3,13 +3,15 @@
 import json
 import shutil
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from smolcluster.checkpoint.store import open_checkpoint
+from smolcluster.checkpoint.state import Shard
+from smolcluster.checkpoint.store import open_checkpoint, save_checkpoint
 from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.local import LocalGroup
 from smolcluster.config.load import load_config
@@ -17,9 +19,17 @@ from smolcluster.config.schema import Config
 from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.kinds import JsonObject
 from smolcluster.run.build import prepare
-from smolcluster.run.resume import batch_note, check_same_run, find_resume_point, out_of
+from smolcluster.run.resume import (
+    RunProgress,
+    batch_note,
+    check_same_run,
+    find_resume_point,
+    out_of,
+    schedule_note,
+)
 from smolcluster.run.session import RankResult, run_rank
 from smolcluster.training.role import RunContext
+from smolcluster.training.trainer import Progress
 
 # digits has 1437 training samples: with a global batch of 48 an epoch is 30 steps, and step 30 has 45 samples.
 DIGITS = ("data.dataset=digits", "model.type=simple_nn", "model.input_dim=64", "model.hidden=16")
@@ -297,12 +307,32 @@ def test_going_on_from_an_older_checkpoint_needs_a_folder_of_its_own(tmp_path: P
     assert out_of(older, tmp_path / "other") == tmp_path / "other"
 
 
-def test_a_checkpoint_that_no_run_wrote_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_may_be_moved_but_must_say_which_run_it_is_of(tmp_path: Path) -> None:
     config = make_config("algorithm=single", *DIGITS, steps=2)
     train(config, 1, tmp_path)
-    empty = tmp_path / "elsewhere"
-    shutil.copytree(tmp_path / "checkpoints" / "step_00000002", empty)
-    assert find_resume_point(str(empty), None, {}).step == 2
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000002", moved)
+    assert find_resume_point(str(moved), None, {}).step == 2
+    shards = {"model/w": Shard(torch.zeros(2), "param")}
+    foreign = save_checkpoint(tmp_path / "foreign", 1, shards, {"config": {}})
+    with pytest.raises(CheckpointError, match="does not say which run it is of"):
+        find_resume_point(str(foreign), None, {})
+
+
+def test_a_new_length_under_a_falling_learning_rate_is_said_to_be_another_run(tmp_path: Path) -> None:
+    config = make_config("algorithm=single", *DIGITS, steps=2)
+    train(config, 1, tmp_path)
+    point = find_resume_point("latest", tmp_path, {})
+    assert schedule_note(point, config) is None
+    note = schedule_note(point, make_config("algorithm=single", *DIGITS, steps=4))
+    assert note is not None
+    assert "lr_schedule.kind cosine is stretched" in note
+    constant = make_config("algorithm=single", *DIGITS, "lr_schedule.kind=constant", steps=4)
+    assert schedule_note(point, constant) is None
+
+
+def test_what_a_checkpoint_keeps_of_the_progress_is_all_of_it() -> None:
+    assert list(RunProgress.model_fields) == [field.name for field in fields(Progress)]
 
 
 def test_the_batch_size_of_the_files_is_said_to_be_ignored_where_it_does_not_count(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_trace_shows_all_ranks_on_one_clock_and_agrees_with_the_metrics(local3
     assert_spans_nest(trace)
     assert_transfers_are_whole_and_in_order(trace)
     for rank in range(3):
-        waits, buckets = trace.spans(rank, "compute", "comm_wait"), trace.spans(rank, "all-reduce")
+        waits, buckets = trace.spans(rank, "compute", "comm_wait (all_reduce)"), trace.spans(rank, "buckets")
         waited_us = 1e6 * sum(row["time/comm_wait_s"] for row in local3.rows if row["rank"] == rank)
         assert sum(event["dur"] for event in waits) == pytest.approx(waited_us, rel=0.05)
         assert overlap_us(buckets, waits) == pytest.approx(waited_us, rel=0.05)

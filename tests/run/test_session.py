@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,18 @@ def make_config(*overrides: str, steps: int = 6) -> Config:
     return load_config("classicdp_digits", overrides=[*fixed, *overrides]).config
 
 
-def train(comm: Communicator, config: Config, rows: Rows, checkpoints: Path | None = None) -> RankResult:
+def train(
+    comm: Communicator,
+    config: Config,
+    rows: Rows,
+    checkpoints: Path | None = None,
+    deliver: Callable[[Communicator], None] | None = None,
+) -> RankResult:
     names = [f"rank{rank}" for rank in range(comm.world_size)]
     parts = prepare(config, comm.rank, names)
     context = RunContext(rows, comm, threading.Event())
-    return run_rank(parts, comm, context, checkpoints=checkpoints if comm.rank == 0 else None)
+    folder = checkpoints if comm.rank == 0 else None
+    return run_rank(parts, comm, context, checkpoints=folder, deliver=deliver)
 
 
 def test_every_rank_gets_the_same_result_with_a_report_of_each(tmp_path: Path) -> None:
@@ -71,6 +79,28 @@ def test_checkpoints_are_written_every_so_many_steps_and_only_the_newest_kept(tm
     config = make_config("checkpoint.steps=2", "checkpoint.keep=2", steps=7)
     LocalGroup(1).run(lambda comm: train(comm, config, Rows(), tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000006", "step_00000007"]
+
+
+def test_a_run_that_ended_with_gradients_under_way_keeps_what_a_longer_one_goes_on_from(tmp_path: Path) -> None:
+    config = make_config("cluster.staleness_bound=2", "checkpoint.steps=1", "checkpoint.keep=1", steps=7)
+    LocalGroup(1).run(lambda comm: train(comm, config, Rows(), tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000005", "step_00000007"]
+
+
+def test_rows_are_delivered_before_a_checkpoint_that_is_ahead_of_them(tmp_path: Path) -> None:
+    rows = [Rows(), Rows()]
+    seen: list[tuple[int, bool]] = []
+
+    def rank(comm: Communicator) -> None:
+        def deliver(comm: Communicator) -> None:
+            written = len(rows[comm.rank].rows)
+            seen.append((written, (tmp_path / f"step_{written:08d}").exists()))
+            comm.barrier()
+
+        train(comm, make_config("checkpoint.steps=2", "checkpoint.keep=null"), rows[comm.rank], tmp_path, deliver)
+
+    LocalGroup(2).run(rank)
+    assert sorted(seen) == [(2, False)] * 2 + [(4, False)] * 2 + [(6, False)] * 2 + [(6, True)] * 2  # and at the end
 
 
 def test_track_gradients_gives_each_parameters_share_of_the_norm_before_clipping() -> None:
@@ -101,7 +131,7 @@ def test_memory_that_tensors_share_counts_once() -> None:
     assert _held_bytes([flat[:10], flat[10:], torch.zeros(3)]) == 812
 
 
-def test_without_control_links_the_rows_of_all_ranks_reach_the_folder_at_the_end(
+def test_without_control_links_the_rows_of_all_ranks_reach_the_folder_when_they_are_delivered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mail_module, "_ROWS_MESSAGE_BYTES", 100)  # several messages per rank, unequally many
@@ -112,10 +142,12 @@ def test_without_control_links_the_rows_of_all_ranks_reach_the_folder_at_the_end
             for step in range(comm.rank * 7):
                 mail.write({"rank": comm.rank, "step": step, "text": "x" * 20})
             mail.deliver(comm)
+            mail.write({"rank": comm.rank, "step": comm.rank * 7})
+            mail.deliver(comm)
         if folder is not None:
             folder.close()
 
     LocalGroup(3).run(rank)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for sender in (1, 2):
-        assert [row["step"] for row in rows if row["rank"] == sender] == list(range(sender * 7))
+        assert [row["step"] for row in rows if row["rank"] == sender] == list(range(sender * 7 + 1))

@@ -89,7 +89,7 @@ def test_every_step_gives_one_row_with_the_names_of_the_contract() -> None:
 def test_ranks_report_the_same_losses_and_their_own_traffic() -> None:
     def train(comm: LocalCommunicator) -> tuple[Rows, TrainResult]:
         sink = Rows()
-        comm.telemetry.count("link/sent_bytes", 1000.0)  # before the first step: no row's business
+        comm.telemetry.count("link/sent_bytes", 1000.0)  # before the first step, such as the broadcast of the weights
         strategy = ClassicDP(SimpleNN(12, 9, 5, comm.rank), ADAMW, comm)
         inner = strategy.train_step
 
@@ -107,8 +107,8 @@ def test_ranks_report_the_same_losses_and_their_own_traffic() -> None:
     assert first.column("train/loss") == second.column("train/loss")
     assert first.column("train/loss") == pytest.approx(alone.column("train/loss"), abs=1e-6)
     assert (first.column("rank"), second.column("rank")) == ([0] * 6, [1] * 6)
-    # Counters before run() and the constructor's broadcast are not the steps'; the local engine counts nothing.
-    assert first.column("link/sent_bytes") == [10.0] * 6
+    # The local engine counts nothing by itself.
+    assert first.column("link/sent_bytes") == [1010.0] + [10.0] * 5
     for name in ("time/comm_wait_s", "time/all_reduce_s", "time/forward_s", "time/backward_s"):
         assert len(first.column(name)) == 6
         assert min(first.column(name)) >= 0
@@ -117,6 +117,25 @@ def test_ranks_report_the_same_losses_and_their_own_traffic() -> None:
         assert row["time/all_reduce_hidden_s"] <= row["time/all_reduce_s"]
     assert first_result.samples == second_result.samples == 48
     assert first_result.rank_samples + second_result.rank_samples == 48
+
+
+def test_the_traffic_of_all_rows_is_that_of_the_run_with_evaluations_and_checkpoints() -> None:
+    (comm,) = LocalGroup(1).communicators
+    sink = Rows()
+
+    def held_out_sent() -> Iterator[Batch]:
+        comm.telemetry.count("link/sent_bytes", 100.0)
+        yield from held_out()
+
+    def checkpoint(progress: Progress) -> None:
+        comm.telemetry.count("link/sent_bytes", 1000.0)
+
+    for _ in range(2):  # a second run on the same communicator counts only its own
+        Trainer(
+            single(), batches(4), 4, eval_batches=held_out_sent, eval_steps=2, checkpoint=checkpoint, checkpoint_steps=3
+        ).run(sink, comm)
+    # After step 1 an evaluation, after step 2 a checkpoint, at the end both, the checkpoint after the last row.
+    assert sink.column("link/sent_bytes") == [0.0, 100.0, 0.0, 1100.0, 1000.0, 100.0, 0.0, 1100.0]
 
 
 def test_delayed_results_are_rows_of_their_own_step_and_carry_its_spans() -> None:

@@ -57,7 +57,7 @@ class _Gradient:
     samples: int
     loss_scale: float
     grads: list[Tensor | None]
-    correction: float = 1.0  # planned / actual targets, where another algorithm computed it
+    planned: int  # what it is scaled by: its targets, unless another algorithm computed it
 
 
 class Single:
@@ -131,7 +131,7 @@ class Single:
         # 3 queue: gradients leave in the order of their steps
         samples = sum(batch.samples for batch in batches)
         grads = [param.grad for param in self._params]
-        self._queue.append(_Gradient(self._step, loss_sum, count, samples, loss_scale, grads))
+        self._queue.append(_Gradient(self._step, loss_sum, count, samples, loss_scale, grads, max(count, 1)))
         self._step += 1
         if len(self._queue) <= self._staleness_bound:
             return None
@@ -144,7 +144,8 @@ class Single:
         for param, grad in zip(self._params, due.grads, strict=True):
             param.grad = grad
         loss = due.loss_sum.item() / max(due.count, 1)
-        grad_norm = clip_gradients(self._params, self._grad_clip_norm, due.correction / due.loss_scale)
+        correction = due.planned / max(due.count, 1) / due.loss_scale
+        grad_norm = clip_gradients(self._params, self._grad_clip_norm, correction)
         if self._lr_schedule is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = self._lr_schedule(due.step)
@@ -180,7 +181,7 @@ class Single:
         if self._scaler is not None:
             shards[SCALER] = self._scaler.state()
         waiting = [
-            PendingGradient(g.step, float(g.loss_sum), g.count, g.samples, 0, max(g.count, 1), g.loss_scale, g.grads)
+            PendingGradient(g.step, float(g.loss_sum), g.count, g.samples, 0, g.planned, g.loss_scale, g.grads)
             for g in self._queue
         ]
         return shards | pending_state(waiting, list(self._named))
@@ -193,8 +194,7 @@ class Single:
             self._scaler.load_state(reader)
         for item in read_pending(reader, self._params, list(self._named)):
             loss_sum = torch.tensor(item.loss_sum, dtype=torch.float64)
-            correction = item.planned / max(item.count, 1)
             self._queue.append(
-                _Gradient(item.step, loss_sum, item.count, item.samples, item.loss_scale, item.grads, correction)
+                _Gradient(item.step, loss_sum, item.count, item.samples, item.loss_scale, item.grads, item.planned)
             )
         self._step = reader.step + len(self._queue)

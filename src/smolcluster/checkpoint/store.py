@@ -112,9 +112,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or a file is missing, damaged or no checkpoint of ours; names the file.
     """
-    if os.path.lexists(path / INDEX) or _STEP_NAME.fullmatch(path.name):
-        return Checkpoint(path)
-    return _open_newest(path)[0]
+    return _open(path)[0]
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
@@ -124,13 +122,13 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
         path: as for `open_checkpoint`.
 
     Returns:
-        The tensors by their names in the model, tied ones as one tensor under all their names; and `step`, `aliases`
-        and `meta`.
+        The tensors by their names in the model, tied ones as one tensor under all their names; and `step`, `aliases`,
+        `meta`, and `skipped`: why newer checkpoints were passed over, see `newest_whole`.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint, skipped = _open(path)
     aliases: JsonObject = {
         alias.removeprefix(MODEL): name.removeprefix(MODEL) for alias, name in checkpoint.aliases.items()
     }
@@ -138,7 +136,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     tensors = {name.removeprefix(MODEL): checkpoint.read(name) for name in names}
     for alias, name in aliases.items():
         tensors[alias] = tensors[str(name)]
-    return tensors, {"step": checkpoint.step, "aliases": aliases, "meta": checkpoint.meta}
+    return tensors, {"step": checkpoint.step, "aliases": aliases, "meta": checkpoint.meta, "skipped": [*skipped]}
 
 
 def newest_whole(path: Path) -> tuple[Path, list[str]]:
@@ -288,6 +286,12 @@ def _alone_on_cpu(tensor: Tensor) -> Tensor:
     """A contiguous CPU tensor with memory of its own: safetensors refuses views of one buffer."""
     cpu = tensor.detach().to("cpu").contiguous()
     return cpu if cpu.untyped_storage().nbytes() == cpu.nbytes else cpu.clone()
+
+
+def _open(path: Path) -> tuple[Checkpoint, list[str]]:
+    if os.path.lexists(path / INDEX) or _STEP_NAME.fullmatch(path.name):
+        return Checkpoint(path), []
+    return _open_newest(path)
 
 
 def _open_newest(path: Path) -> tuple[Checkpoint, list[str]]:

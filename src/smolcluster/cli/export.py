@@ -21,5 +21,7 @@ def export(
     from smolcluster.run.export import export_model
 
     done = export_model(source, folder)
+    for reason in done.skipped:
+        typer.echo(f"skipped: {reason}", err=True)
     typer.echo(f"{done.model} after {done.step} steps, weights_sha256 {done.weights_sha256}")
     typer.echo(f"written to {folder}: {', '.join(done.files)}")

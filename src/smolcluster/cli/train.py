@@ -85,11 +85,12 @@ def train(
     With a cluster file start one `smolcluster node` on each machine instead.
     """
     refuse_later(respawn=respawn, replay=replay, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
-    chosen = Choices(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
     from smolcluster.run.launcher import launch_from_environment
 
     launch = None if local is not None else launch_from_environment()
     leads = launch is None or launch.rank == 0
+    quiet = quiet or not leads  # a launcher mixes the output of all ranks
+    chosen = Choices(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
     resolved, point, folder = plan(chosen, resume, out, leads=leads)
     if local is not None:
         if local < 1:
@@ -107,9 +108,7 @@ def train(
     else:
         from smolcluster.run.node import NodeOptions, run_alone, run_launched
 
-        # A launcher mixes the output of all ranks, so only rank 0 shows its progress.
-        shown = reporter(resolved, quiet or not leads)
-        options = NodeOptions(folder, shown, token_file, point, skip_nonfinite, trace)
+        options = NodeOptions(folder, reporter(resolved, quiet), token_file, point, skip_nonfinite, trace)
         if launch is not None:
             note_batch(point, resolved, launch.world_size, quiet)
             ran = run_launched(resolved, launch, options)
@@ -229,7 +228,7 @@ def plan(
 
     point = None
     if resume is not None:
-        from smolcluster.run.resume import LATEST, check_same_run, find_resume_point, out_of
+        from smolcluster.run.resume import LATEST, check_same_run, find_resume_point, out_of, schedule_note
 
         wanted = {}
         if resume == LATEST and out is None:
@@ -248,11 +247,13 @@ def plan(
         resolved = chosen.resolve((point.meta.config, f"checkpoint {point.checkpoint}"))
         check_same_run(point, resolved.config)
         folder = out_of(point, out)
-        for note in point.notes:
-            chosen.say(f"warning: {note}")
+        for note in (*point.notes, schedule_note(point, resolved.config)):
+            if note is not None:
+                chosen.say(f"warning: {note}")
         chosen.say(f"going on from {point.checkpoint} ({point.step} steps)")
     for warning in resolved.warnings:
-        chosen.say(f"warning: {warning}")
+        if warning not in resolved.readings:  # `config check` and `config show` say how a file is read
+            chosen.say(f"warning: {warning}")
     return resolved.config, point, folder
 
 
@@ -309,6 +310,7 @@ def conclude(ran: Ran, config: Config, quiet: bool) -> None:
             print(line)
         if ran.exit_code != 0:
             print("stopped before the last step, as asked")
+            _point_at_checkpoint(ran)
         print(f"run folder: {ran.out}")
     raise typer.Exit(ran.exit_code)
 
@@ -333,7 +335,7 @@ def result_lines(summary: JsonObject, config: Config) -> list[str]:
 
 
 def _point_at_checkpoint(ran: Ran) -> None:
-    """After a failure: what is left of the run."""
+    """What is left of a run that did not come to its end: saving may have been cut off too."""
     if ran.out is None:
         return
     latest = ran.out / "checkpoints" / "latest"

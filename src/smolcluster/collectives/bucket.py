@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from smolcluster.collectives.base import Codec, Communicator, Work
 from smolcluster.errors import CollectiveMismatch, ConfigError
-from smolcluster.telemetry import ALL_REDUCE, Telemetry
+from smolcluster.telemetry import BUCKETS, Telemetry
 
 # Below 1 MiB the cost per operation shows, above 8 MiB little is left to overlap with.
 DEFAULT_BUCKET_BYTES = 4 * 2**20
@@ -280,7 +280,7 @@ class StepGradients:
         for pending in self._pending:
             pending.work.wait()
         end = time.monotonic()
-        self._comm.telemetry.record("comm_wait", start, end, self.step)
+        self._comm.telemetry.record("comm_wait", start, end, self.step, details={"call": "all_reduce"})
         self._timeline.record(self._pending, self.step, (start, end))
         self._pending = []
         loss_sum, count, samples, planned, nonfinite, votes, *users = self._tail.tolist()
@@ -396,5 +396,5 @@ class _Timeline:
                     details["group"], details["sequence"] = item.work.call_id
             start = max(item.issued, self._previous)
             ended = max(start, ended)
-            self._telemetry.record("all_reduce", start, ended, step, track=ALL_REDUCE, details=details)
+            self._telemetry.record("all_reduce", start, ended, step, track=BUCKETS, details=details)
             self._previous = ended

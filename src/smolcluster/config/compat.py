@@ -84,9 +84,41 @@ def translate(entry: Entry, name: str, where: str) -> Translated:
     keys = dict(entry.mapping())
     _move_flat_keys(keys, entry.source)
     notes = [*_move_model_file(keys)]
-    implied = [*_implied_algorithm(keys, name, where), *_implied_model(keys)]
+    implied = [*_implied_algorithm(keys, name, where)]
     notes += _read_timeout(keys, entry.source, name, implied)
     return Translated(Entry(keys, entry.source), tuple(implied), tuple(notes))
+
+
+def without_idle_type(top: Entry | None, over: Entry) -> Entry | None:
+    """`top` without a model.type that has no use for the model_dim which `over` brings: `over` means a gpt then."""
+    kind = top.at(("model", "type")) if top is not None else None
+    if top is None or kind is None or not isinstance(kind.value, str):
+        return top
+    used = MODEL_KEYS.get(model_type_of(kind.value))
+    means_gpt = over.at(("model", "model_dim")) is not None and over.at(("model", "type")) is None
+    if not means_gpt or used is None or "model_dim" in used:
+        return top
+    model = top.mapping()["model"]
+    kept = {key: below for key, below in model.mapping().items() if key != "type"}
+    return Entry({**top.mapping(), "model": Entry(kept, model.source)}, top.source)
+
+
+def implied_model(top: Entry) -> Iterator[Implied]:
+    """What the merged sources say of the model without its own keys: a model with model_dim is gpt; and the model_name
+    and num_layers of a cluster file."""
+    kind, width = top.at(("model", "type")), top.at(("model", "model_dim"))
+    name, num_layers = top.at(("cluster", "model_name")), top.at(("cluster", "num_layers"))
+    if kind is None and width is not None:
+        note = Problem(width.source, "model.type: not given; a model with model_dim is read as gpt")
+        kind = Entry("gpt", Source(width.source.where, width.source.line))
+        yield Implied(("model", "type"), kind, note)
+    elif kind is None and name is not None and isinstance(name.value, str) and name.value.lower() in _MODEL_TYPES:
+        note = Problem(name.source, f"model_name: {name.value} is read as model.type {model_type_of(name.value)}")
+        kind = Entry(model_type_of(name.value), replace(name.source, key="model_name"))
+        yield Implied(("model", "type"), kind, note)
+    has_layers = kind is not None and isinstance(kind.value, str) and model_type_of(kind.value) in ("gpt", "moe")
+    if has_layers and num_layers is not None and num_layers.value is not None:
+        yield Implied(("model", "num_layers"), _named(num_layers, "num_layers"))
 
 
 def with_own_names(top: Entry) -> tuple[Entry, list[Problem]]:
@@ -219,25 +251,6 @@ def _implied_algorithm(keys: Mapping[str, Entry], name: str, where: str) -> Iter
     source = Source(where)
     note = Problem(source, f"ddp is read as algorithm {algorithm}") if said != algorithm else None
     yield Implied(("algorithm",), Entry(algorithm, source), note)
-
-
-def _implied_model(keys: Mapping[str, Entry]) -> Iterator[Implied]:
-    model = keys.get("model")
-    width = model.child("model_dim") if model is not None else None
-    if model is not None and width is not None and model.child("type") is None:
-        note = Problem(width.source, "model.type: not given; a model with model_dim is read as gpt")
-        yield Implied(("model", "type"), Entry("gpt", Source(width.source.where, width.source.line)), note)
-    cluster = keys.get("cluster")
-    inside = cluster.mapping() if cluster is not None else {}
-    model_name = keys.get("model_name", inside.get("model_name"))
-    if model_name is None or not isinstance(model_name.value, str) or model_name.value.lower() not in _MODEL_TYPES:
-        return
-    kind = model_type_of(model_name.value)
-    note = Problem(model_name.source, f"model_name: {model_name.value} is read as model.type {kind}")
-    yield Implied(("model", "type"), Entry(kind, replace(model_name.source, key="model_name")), note)
-    num_layers = keys.get("num_layers", inside.get("num_layers"))
-    if num_layers is not None and kind in ("gpt", "moe"):
-        yield Implied(("model", "num_layers"), _named(num_layers, "num_layers"))
 
 
 def _read_timeout(keys: dict[str, Entry], file: Source, name: str, implied: Sequence[Implied]) -> Iterator[Problem]:

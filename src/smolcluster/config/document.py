@@ -107,7 +107,7 @@ def read_file(path: Path) -> Entry:
         return Entry({}, entry.source)
     if not isinstance(entry.value, Mapping):
         kind = "a list" if isinstance(entry.value, tuple) else f"only {shown(entry.value)}"
-        raise ConfigError(f"{path}: expected `key: value` lines, found {kind}")
+        raise ConfigError(f"{entry.source}: expected `key: value` lines, found {kind}")
     return entry
 
 
@@ -133,7 +133,7 @@ def shown(value: object) -> str:
 
 def printable(name: str) -> str:
     """A key for a message: as it stands, or quoted with escapes where it would break the line."""
-    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
+    return name if name and name.isprintable() and len(name) <= SHOWN else shown(name)
 
 
 class _Loader(yaml.SafeLoader):
@@ -181,6 +181,8 @@ class _Reader:
             if mark is not None and _starts_with_tab(text, mark.line):
                 raise self._error(line, "a tab indents this line; YAML allows only spaces") from None
             what = error.problem or error.context or "cannot be understood"
+            if what.startswith("but "):  # half of a sentence
+                what = f"{error.context}, {what}"
             raise self._error(line, f"not valid YAML: {' '.join(str(what).split())}") from None
         except RecursionError:
             raise ConfigError(f"{self._name}: nested too deeply") from None

@@ -145,6 +145,8 @@ def arms(annotation: Any) -> list[Any]:
 
 
 def _problem(path: tuple[Part, ...], details: ErrorDetails, entry: Entry, root: Any) -> Problem:
+    if details["type"] == "problem":
+        path = (*path, *details.get("ctx", {}).get("below", ()))
     source = source_of(path, entry)
     key = written(path, entry)
     if details["type"] == "extra_forbidden":
@@ -163,7 +165,8 @@ def _problem(path: tuple[Part, ...], details: ErrorDetails, entry: Entry, root: 
 def _unknown_key(path: Sequence[Part], entry: Entry, root: Any) -> str:
     """The message for a key that the schema does not have, with the one that was probably meant."""
     key, word = written(path, entry), str(path[-1])
-    above = key[: -len(word)].rstrip(".") if key.endswith(word) else written(path[:-1], entry)
+    last = printable(word)
+    above = key.removesuffix(last).rstrip(".") if key.endswith(last) else written(path[:-1], entry)
     section = section_at(path[:-1], root)
     own = [f"{above}.{name}" if above else name for name in (section.model_fields if section else ())]
     places = _all_keys() if root is Config else []

@@ -136,6 +136,24 @@ def address_clashes(config: Config, serves: bool = False) -> Iterator[tuple[tupl
         yield ("cluster", "host_ip"), f"cluster.host_ip: {', '.join(names)} share the address {ip} port {port}"
 
 
+def count_clash(config: Config, serves: bool, knows_algorithm: bool) -> str | None:
+    """Why `num_workers` cannot be right beside the machines that the file names; None: it can, or it names none.
+
+    Args:
+        config: of one file.
+        serves: the file is for serving.
+        knows_algorithm: the file says which algorithm its machines are for. If not, any reading that agrees will do.
+    """
+    found = None
+    for reading in (serves,) if knows_algorithm else (False, True):
+        names, expected = _names(config, reading), _expected_count(config, reading)
+        if not names or expected is None or len(names) == expected:
+            return None
+        counts = f"{config.cluster.num_workers} ({_counted(config, reading)})" if knows_algorithm else expected
+        found = found or f"cluster.num_workers: {counts}, but {len(names)} machines are named ({', '.join(names)})"
+    return found
+
+
 def readings(config: Config, serves: bool = False) -> Iterator[tuple[tuple[str, ...], str]]:
     """How keys of the cluster are read that could be meant otherwise: (path of the key, how), for warnings."""
     cluster = config.cluster
@@ -231,17 +249,24 @@ def _from_host_ip(config: Config, serves: bool) -> tuple[Host, ...]:
             "no machines are named: cluster.allToAllTopology and cluster.host_ip are both empty; "
             "give a --cluster FILE, or --local N to stay on this machine"
         )
-    first = [cluster.server] if cluster.server is not None else []
-    if cluster.workers is not None:
-        names = [*first, *cluster.workers]
-    else:
-        names = [*first, *(name for name in cluster.host_ip if name != cluster.server)]
-        # The file may list more machines than take part.
-        names = names[: _expected_count(config, serves)]
+    names = _names(config, serves)
     for name in names:
         if name not in cluster.host_ip:
             raise ConfigError(f"cluster: {name} has no address in cluster.host_ip ({', '.join(cluster.host_ip)})")
     return tuple(Host(rank, name, cluster.host_ip[name], port_of(cluster, name)) for rank, name in enumerate(names))
+
+
+def _names(config: Config, serves: bool) -> list[str]:
+    """The machines that take part, in rank order; empty: the configuration names none."""
+    cluster = config.cluster
+    if cluster.allToAllTopology is not None and cluster.allToAllTopology.workers.regular:
+        return [host.hostname for host in sorted(cluster.allToAllTopology.workers.regular, key=lambda host: host.rank)]
+    first = [cluster.server] if cluster.server is not None else []
+    if cluster.workers is not None:
+        return [*first, *cluster.workers]
+    names = [*first, *(name for name in cluster.host_ip if name != cluster.server)]
+    # The file may list more machines than take part.
+    return names[: _expected_count(config, serves)]
 
 
 def _expected_count(config: Config, serves: bool) -> int | None:
@@ -257,13 +282,18 @@ def _expected_count(config: Config, serves: bool) -> int | None:
 def _refuse_wrong_count(config: Config, hosts: tuple[Host, ...], serves: bool) -> None:
     expected = _expected_count(config, serves)
     if expected is not None and expected != len(hosts):
-        counts = "the ranks without the server" if expected != config.cluster.num_workers else "all ranks"
         names = ", ".join(host.name for host in hosts)
-        purpose = "serving" if serves else config.algorithm
         raise ConfigError(
-            f"cluster.num_workers is {config.cluster.num_workers} ({counts}, for {purpose}), "
+            f"cluster.num_workers is {config.cluster.num_workers} ({_counted(config, serves)}), "
             f"but {len(hosts)} machines are named ({names}); make them agree"
         )
+
+
+def _counted(config: Config, serves: bool) -> str:
+    """What num_workers counts."""
+    is_all = _expected_count(config, serves) == config.cluster.num_workers
+    purpose = "serving" if serves else config.algorithm
+    return f"{'all ranks' if is_all else 'the ranks without the server'}, for {purpose}"
 
 
 def _refuse_shared_addresses(listening: Mapping[str, tuple[Address, ...]]) -> None:

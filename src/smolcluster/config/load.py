@@ -17,7 +17,14 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from smolcluster.config.compat import Translated, model_type_of, translate, with_own_names
+from smolcluster.config.compat import (
+    Translated,
+    implied_model,
+    model_type_of,
+    translate,
+    with_own_names,
+    without_idle_type,
+)
 from smolcluster.config.document import Entry, Source, printable, read_file, read_value
 from smolcluster.config.explain import (
     Problem,
@@ -32,13 +39,14 @@ from smolcluster.config.explain import (
     type_at,
     written,
 )
-from smolcluster.config.hosts import address_clashes, readings
+from smolcluster.config.hosts import address_clashes, count_clash, readings
 from smolcluster.config.memory import memory_warning
 from smolcluster.config.schema import (
     MODEL_KEYS,
     ClusterConfig,
     Config,
     Contradiction,
+    ModelConfig,
     resolved_batch_size,
     resolved_epochs,
 )
@@ -66,11 +74,13 @@ class Resolved:
             name, such as `--max-steps`, `name of FILE` or `follows KEY`. Has every key of the schema, and the entries
             of maps.
         warnings: one line each: what is read but probably not meant, or could be meant otherwise.
+        readings: those of the warnings that only say how an ambiguity is read.
     """
 
     config: Config
     sources: dict[str, str]
     warnings: tuple[str, ...] = ()
+    readings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +120,7 @@ def load_config(
     read += [read_config_file(Path(file), is_cluster=True) for file in cluster_files]
     top = None if base is None else _base(*base)
     for part in read:
-        top = _merge(top, part.entry)
+        top = _merge(without_idle_type(top, part.entry), part.entry)
     for path, entry in _environment(os.environ if environ is None else environ):
         top = _assign(top, path, entry)
     overridden: Entry | None = None
@@ -135,8 +145,12 @@ def check_file(file: str | Path) -> FileReport:
     except ConfigError as error:
         return FileReport((str(error),), ())
     config, found = _validate(entry, complete=False)
+    if config is not None:
+        serves = _serves(entry)
+        clash = count_clash(config, serves, serves or config.algorithm != "single")
+        found += [] if clash is None else [Problem(source_of(("cluster", "num_workers"), entry), clash)]
     if config is None or found:
-        return FileReport(tuple(map(str, found)), ())
+        return FileReport(tuple(map(str, in_order(found))), ())
     warnings = in_order([*notes, *_automatic(config, entry), *_warnings(config, entry)])
     return FileReport((), tuple(map(str, warnings)))
 
@@ -321,12 +335,13 @@ def _is_section(annotation: Any) -> bool:
 def _completed(top: Entry, read: Sequence[Translated]) -> tuple[Entry, list[Problem]]:
     """The merged sources with what they imply, under the schema's names; and how that was read."""
     notes = [note for part in read for note in part.notes]
-    for item in reversed([item for part in read for item in part.implied]):
+    implied = [item for part in reversed(read) for item in part.implied]
+    for item in [*implied, *implied_model(top)]:
         if top.at(item.path) is None:
             top = _assign(top, item.path, item.entry)
             notes += [] if item.note is None else [item.note]
     top, renamed = with_own_names(top)
-    return top, [*notes, *filter(_is_the_users, renamed)]
+    return top, [*filter(_is_the_users, [*notes, *renamed])]
 
 
 def _is_the_users(problem: Problem) -> bool:
@@ -342,7 +357,7 @@ def _resolve(top: Entry, notes: Sequence[Problem]) -> Resolved:
         more = f"\nand {len(found) - 1} more (smolcluster config check FILE lists all of a file)" if found[1:] else ""
         raise ConfigError(f"{found[0]}{more}")
     warnings = in_order([*notes, *_warnings(config, top)])
-    return Resolved(config, dict(_sources(config, top)), tuple(map(str, warnings)))
+    return Resolved(config, dict(_sources(config, top)), tuple(map(str, warnings)), tuple(map(str, notes)))
 
 
 def _validate(top: Entry, complete: bool) -> tuple[Config | None, list[Problem]]:
@@ -407,8 +422,7 @@ def _sources_of_map(entry: Entry, path: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def _warnings(config: Config, top: Entry) -> list[Problem]:
-    # A file for serving names no algorithm, but ports of the serving process.
-    serves = top.at(("algorithm",)) is None and top.at(("cluster", "web_interface")) is not None
+    serves = _serves(top)
     read = [Problem(source_of(path, top), text) for path, text in readings(config, serves)]
     found = [*filter(_is_the_users, read), *_repeated(config, top)]
     found += [Problem(source_of(path, top), text) for path, text in address_clashes(config, serves)]
@@ -419,6 +433,11 @@ def _warnings(config: Config, top: Entry) -> list[Problem]:
     if too_large is not None:
         found.append(Problem(source_of(("model",), top), too_large))
     return in_order([*found, *_idle_model_keys(config, top)])
+
+
+def _serves(top: Entry) -> bool:
+    """A file for serving names no algorithm, but ports of the serving process."""
+    return top.at(("algorithm",)) is None and top.at(("cluster", "web_interface")) is not None
 
 
 def _repeated(config: Config, top: Entry) -> Iterator[Problem]:
@@ -448,11 +467,16 @@ def _automatic(config: Config, top: Entry) -> Iterator[Problem]:
 
 
 def _idle_model_keys(config: Config, top: Entry) -> Iterator[Problem]:
-    """Keys of `model` that its type does not use, where one file says both: from two files it may be meant."""
+    """Keys of `model` that its type does not use, where one file says both: from two files it may be meant.
+
+    Not those that have their default, as in the config.yaml of a run.
+    """
     model, kind = top.at(("model",)), top.at(("model", "type"))
     used = MODEL_KEYS.get(config.model.type)
     if model is None or kind is None or used is None:
         return
     for key, entry in model.mapping().items():
-        if key not in used and entry.source.where == kind.source.where:
+        field = ModelConfig.model_fields.get(key)
+        is_default = field is not None and getattr(config.model, key) == field.default
+        if key not in used and not is_default and entry.source.where == kind.source.where:
             yield Problem(entry.source, f"model.{key}: has no effect with model.type {config.model.type}")

@@ -2,8 +2,8 @@
 
 Counted are weights, gradients, the optimizer's state and the activations that the backward pass keeps. The first three
 are exact up to padding; the activations are an estimate (Korthikanti et al. 2022, Reducing Activation Recomputation,
-section 4, without the attention scores, which fused attention does not keep). Not counted: Python and torch themselves
-(about 0.3 GiB), the data, and the network's buffers.
+section 4; the attention scores only with dropout, as fused attention does not keep them). Not counted: Python and torch
+themselves (about 0.3 GiB), the data, and the network's buffers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from smolcluster.config.schema import Config, ModelConfig, resolved_batch_size, 
 GIB = 2**30
 
 # Published models by id: their config.json is not here, but who trains them must know before the download.
-_GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257}
+_GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}
 _LLAMA_1B = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -100,7 +100,7 @@ def local_memory_warning(config: Config, world_size: int) -> str | None:
         return None  # one alone does not fit: `memory_warning` has said so
     return (
         f"{world_size} ranks of about {estimate.total / GIB:.1f} GiB need {estimate.total * world_size / GIB:.1f} GiB, "
-        f"but this machine has {available / GIB:.1f} GiB; {_remedy(config, estimate)}, or start fewer ranks"
+        f"but this machine has {available / GIB:.1f} GiB; {_remedy(config, estimate, available)}, or start fewer ranks"
     )
 
 
@@ -156,7 +156,8 @@ def model_sizes(config: Config) -> ModelSizes | None:
         return ModelSizes(parameters, 0, model.input_dim + 2 * model.hidden + model.out, model.input_dim)
     if model.hf_model_name is not None and (model.type == "hf" or model.init == "pretrained"):
         found = _published(model.hf_model_name)
-        return None if found is None else _hf_sizes(found, model.max_seq_len)
+        dropout = model.dropout if model.type == "gpt" else None
+        return None if found is None else _hf_sizes(found, model.max_seq_len, dropout)
     if model.type in ("gpt", "moe"):
         vocab_size = _vocab_size(config)
         return None if vocab_size is None else _gpt_sizes(model, vocab_size)
@@ -181,6 +182,7 @@ def _gpt_sizes(model: ModelConfig, vocab_size: int) -> ModelSizes:
     parameters = (vocab_size + model.max_seq_len) * width + layers * block + 2 * width
     active = model.top_k if model.type == "moe" else 1
     kept = _kept(model.max_seq_len, layers, width, active * 2 * ff, vocab_size)
+    kept += _dropped(model.max_seq_len, layers, width, model.num_heads) if model.dropout > 0 else 0
     return ModelSizes(parameters, layers * experts, kept, model.max_seq_len * (layers * width + vocab_size))
 
 
@@ -193,12 +195,21 @@ def _kept(tokens: int, layers: int, width: int, feed_forward: int, vocab_size: i
     return tokens * (layers * (9 * width + feed_forward) + width + 2 * vocab_size)
 
 
-def _hf_sizes(found: Mapping[str, Any], tokens: int) -> ModelSizes | None:
-    """From a config.json of transformers."""
+def _dropped(tokens: int, layers: int, width: int, heads: int) -> int:
+    """Values of one sample that are kept for dropout alone.
+
+    The masks behind the embedding, attention and feed-forward; and the attention scores with their mask and their
+    product: with dropout they are computed one after the other on the CPU. (Less on CUDA, whose masks are small.)
+    """
+    return tokens * (layers * (2 * width + 3 * heads * tokens) + width)
+
+
+def _hf_sizes(found: Mapping[str, Any], tokens: int, dropout: float | None) -> ModelSizes | None:
+    """From a config.json of transformers; dropout None: as it says there."""
     family = found.get("model_type")
     try:
         if family == "gpt2":
-            return _gpt2_sizes(found, tokens)
+            return _gpt2_sizes(found, tokens, dropout)
         if family in _LIKE_LLAMA:
             return _llama_sizes(found, tokens)
     except (KeyError, TypeError, ValueError):
@@ -206,13 +217,15 @@ def _hf_sizes(found: Mapping[str, Any], tokens: int) -> ModelSizes | None:
     return None
 
 
-def _gpt2_sizes(found: Mapping[str, Any], tokens: int) -> ModelSizes:
+def _gpt2_sizes(found: Mapping[str, Any], tokens: int, dropout: float | None) -> ModelSizes:
     width, layers, vocab_size = int(found["n_embd"]), int(found["n_layer"]), int(found["vocab_size"])
     ff = int(found.get("n_inner") or 4 * width)
     block = 4 * width * width + 8 * width + 2 * width * ff + ff + width
     head = 0 if found.get("tie_word_embeddings", True) else vocab_size * width
     parameters = (vocab_size + int(found["n_positions"])) * width + layers * block + 2 * width + head
     kept = _kept(tokens, layers, width, 2 * ff, vocab_size)
+    drops = float(found.get("attn_pdrop", 0.1)) if dropout is None else dropout
+    kept += _dropped(tokens, layers, width, int(found.get("n_head", 12))) if drops > 0 else 0
     return ModelSizes(parameters, 0, kept, tokens * (layers * width + vocab_size))
 
 
@@ -270,7 +283,7 @@ def _vocab_size(config: Config) -> int | None:
 def _json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # whoever loads the model or the tokenizer says what is wrong with it
     return found if isinstance(found, dict) else None
 
@@ -307,12 +320,15 @@ def _warning(config: Config, world_size: int, estimate: MemoryEstimate, name: st
     machine = name or ("this machine" if config.cluster.memory is None else "a machine")
     return (
         f"model {config.model.type} needs about {estimate.total / GIB:.1f} GiB per rank ({parts}; {where}), but "
-        f"{machine} has {available / GIB:.1f} GiB; {_remedy(config, estimate)}"
+        f"{machine} has {available / GIB:.1f} GiB; {_remedy(config, estimate, available)}"
     )
 
 
-def _remedy(config: Config, estimate: MemoryEstimate) -> str:
-    """What helps most."""
+def _remedy(config: Config, estimate: MemoryEstimate, available: int) -> str:
+    """What helps most; where not even the weights fit, nothing but dividing the model."""
+    smaller = "take a smaller model, or divide it with algorithm fsdp (cluster.fsdp_stage 3) or mp_pipeline"
+    if estimate.weights > available:
+        return smaller
     largest = max(("weights", "gradients", "optimizer", "activations"), key=lambda label: int(getattr(estimate, label)))
     if largest == "activations":
         return "lower training.batch_size or model.max_seq_len, or raise training.micro_batches"
@@ -320,4 +336,4 @@ def _remedy(config: Config, estimate: MemoryEstimate) -> str:
         return "lower cluster.staleness_bound: each step of it keeps another set of gradients"
     if largest == "optimizer":
         return "divide its state with algorithm fsdp, or take training.optimizer sgd, which has none"
-    return "take a smaller model, or divide it with algorithm fsdp (cluster.fsdp_stage 3) or mp_pipeline"
+    return smaller

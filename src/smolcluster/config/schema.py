@@ -66,6 +66,12 @@ def _not_a_switch(value: object) -> object:
     return value
 
 
+def _countable(value: int) -> int:
+    if abs(value) > _LARGEST_INT:
+        raise problem(f"more than {_LARGEST_INT}, the largest whole number that torch knows")
+    return value
+
+
 def _address(value: str) -> str:
     if ":" in value or re.fullmatch(r"[0-9.]+", value):
         ipaddress.ip_address(value)
@@ -78,7 +84,9 @@ def _address(value: str) -> str:
 _HOST_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]*"
 _USER_MODEL = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 
-_Int: TypeAlias = Annotated[int, BeforeValidator(_not_a_switch)]
+_LARGEST_INT = 2**63 - 1
+
+_Int: TypeAlias = Annotated[int, BeforeValidator(_not_a_switch), AfterValidator(_countable)]
 _Float: TypeAlias = Annotated[float, BeforeValidator(_not_a_switch)]
 NonNegativeInt: TypeAlias = Annotated[_Int, Ge(0)]
 PositiveInt: TypeAlias = Annotated[_Int, Ge(1)]
@@ -278,15 +286,14 @@ class TopologyWorkers(Section):
     @model_validator(mode="after")
     def _every_rank_once(self) -> TopologyWorkers:
         names, ranks = [host.hostname for host in self.regular], [host.rank for host in self.regular]
-        for name in names:
-            if names.count(name) > 1:
-                raise problem(f"the hostname {name} is given twice")
-        for rank in ranks:
-            if ranks.count(rank) > 1:
-                raise problem(f"the rank {rank} is given twice")
+        for place in range(len(names)):
+            if names[place] in names[:place]:
+                raise problem(f"{names[place]} is given twice", "regular", place, "hostname")
+            if ranks[place] in ranks[:place]:
+                raise problem(f"{ranks[place]} is given twice", "regular", place, "rank")
         if sorted(ranks) != list(range(len(ranks))):
             listed = ", ".join(map(str, sorted(ranks)))
-            raise problem(f"the ranks are {listed}; expected 0 to {len(ranks) - 1} without a gap")
+            raise problem(f"the ranks are {listed}; expected 0 to {len(ranks) - 1} without a gap", "regular")
         return self
 
 
@@ -353,7 +360,7 @@ class ClusterConfig(Section):
     """edp, syncps: steps between a worker's pulls of the server's weights."""
     timeout: Positive | None = None
     """syncps: seconds after the first push of a step when it closes without the stragglers. null: wait for all."""
-    patience: Annotated[float, Field(ge=0.1)] = 5.0
+    patience: Annotated[_Float, Ge(0.1), Le(86400)] = 5.0
     """Seconds until a silent peer counts as lost. Every other network timeout derives from it."""
     min_ranks: PositiveInt | None = None
     """Fewest ranks to go on with after a loss. null: all ranks; for syncps and edp 2, the server and one worker."""
@@ -364,7 +371,7 @@ class ClusterConfig(Section):
     """mp, mp_pipeline, serving: layers per rank, as a list in rank order or a map per host. null: by cost."""
 
     use_quantization: bool | None = None
-    """The spec's name for `compression: int8`. null: `compression` decides."""
+    """Older name for `compression: int8`. null: `compression` decides."""
     compression: Compression = "none"
     """What gradients are sent as: unchanged, 16-bit floats, or 8-bit integers with error feedback."""
     bucket_bytes: Annotated[_Int, Ge(1024)] = 4 * 1024 * 1024
@@ -386,9 +393,9 @@ class ClusterConfig(Section):
     """Steps between those entries."""
 
     num_nodes: PositiveInt | None = None
-    """Number of machines, as the spec's files repeat it; the hosts decide."""
+    """Number of machines, as older files repeat it; the hosts decide."""
     num_layers: PositiveInt | None = None
-    """Number of layers beside `model_name`, where model.num_layers is not given."""
+    """Number of the model's layers, where model.num_layers is not given."""
     model_name: str | None = None
     """Name of the architecture, such as `causal_gpt2`, where model.type is not given."""
     web_interface: WebInterface = WebInterface()
@@ -401,7 +408,7 @@ class GreedyStrategy(Section):
     """Always the most probable token."""
 
     temperature: Positive = 1.0
-    """No effect; the spec's files have it."""
+    """No effect; older files have it."""
 
 
 class SamplingStrategy(Section):
@@ -452,7 +459,7 @@ class ServingConfig(Section):
     num_nodes: PositiveInt | None = None
     """Number of stages. null: the cluster's ranks."""
     num_layers: PositiveInt | None = None
-    """Number of layers, as the spec's files repeat it; the model's own number wins."""
+    """Number of layers, as older files repeat it; the model's own number wins."""
     max_new_tokens: PositiveInt = 256
     """Tokens generated where a request names no limit."""
     ctx_length: PositiveInt | None = None
@@ -546,9 +553,9 @@ def _has_tokenizer(hf_model_name: str) -> bool:
     return not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def problem(text: str) -> PydanticCustomError:
-    """An error of a validator whose text is shown as it stands."""
-    return PydanticCustomError("problem", "{text}", {"text": text})
+def problem(text: str, *below: str | int) -> PydanticCustomError:
+    """An error of a validator whose text is shown as it stands; `below`: its place inside of what is validated."""
+    return PydanticCustomError("problem", "{text}", {"text": text, "below": below})
 
 
 # --- what must agree
@@ -660,7 +667,7 @@ def resolved_batch_size(config: Config) -> int:
     """Samples per step and rank (mp, mp_pipeline: per step): the given number, or the automatic one."""
     if config.training.batch_size is not None:
         return config.training.batch_size
-    tokens = config.model.max_seq_len if _reads_text(config) else 1
+    tokens = config.model.max_seq_len if reads_text(config) else 1
     if tokens <= 128:
         return 32
     return 16 if tokens <= 256 else max(1, 4096 // tokens)
@@ -692,7 +699,8 @@ def resolved_staleness_bound(config: Config) -> int | None:
     return config.cluster.staleness_bound
 
 
-def _reads_text(config: Config) -> bool:
+def reads_text(config: Config) -> bool:
+    """Whether the run's samples are texts, its targets tokens. A user's model may read either."""
     if config.model.type in LANGUAGE_MODELS:
         return True
     return config.model.type != "simple_nn" and config.data.dataset not in IMAGE_DATASETS

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from smolcluster.data.root import ENVIRONMENT_KEY
 from smolcluster.errors import DataError
+from smolcluster.hub import why_unreachable
 
 MAX_BYTES = 16 * 2**20  # of most files here the largest has 10.8 MB
 TIMEOUT = 10.0  # seconds, per read; a mirror that is silent for longer is given up
@@ -27,6 +28,8 @@ def fetch_url(url: str, max_bytes: int | None = None) -> bytes:
     import urllib.request  # pulls in ssl and email: 50 ms that only a download has to pay
 
     limit = MAX_BYTES if max_bytes is None else max_bytes
+    if (reason := why_unreachable(url)) is not None:  # without a network, sooner than by TIMEOUT
+        raise OSError(reason)
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             body: bytes = response.read(limit + 1)

@@ -101,4 +101,10 @@ class IndexedDataset:
                 f"dataset {self.name}: sample {index} is a {type(sample).__name__}. Give pairs (input, target) or "
                 "mappings"
             )
-        return torch.as_tensor(sample[0]), torch.as_tensor(sample[1], dtype=torch.int64)
+        target = torch.as_tensor(sample[1])
+        if target.is_floating_point() and bool((target != target.round()).any()):
+            raise DataError(
+                f"dataset {self.name}: the target of sample {index} is {target.tolist()}. Targets are classes or "
+                "tokens: give whole numbers"
+            )
+        return torch.as_tensor(sample[0]), target.to(torch.int64)

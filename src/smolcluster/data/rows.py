@@ -261,7 +261,10 @@ def _parsed(path: Path, offset: int, line: bytes, parse: Callable[[str], T]) -> 
 
 
 def _json_object(line: str) -> dict[str, Any]:
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f'a row is a JSON object such as {{"text": "…"}}, not a {type(row).__name__}')
     return row

@@ -125,7 +125,8 @@ _KEYS = (("sentence1", "premise"), ("sentence2", "hypothesis"), ("gold_label", "
 def encode_pairs(pairs: list[Pair], tokenizer: Tokenizer, max_seq_len: int) -> WindowsDataset:
     """Each pair as a document of at most max_seq_len + 1 tokens, and which of them are its label.
 
-    Where a pair is longer the premise loses its end, and if that is not enough the hypothesis too.
+    Where a pair is longer the premise loses its end, and if that is not enough the hypothesis too: as much whatever the
+    label is, since a model could otherwise tell the label from where it stands.
 
     Raises:
         DataError: not even a label fits.
@@ -146,8 +147,8 @@ def encode_pairs(pairs: list[Pair], tokenizer: Tokenizer, max_seq_len: int) -> W
     answers: list[tuple[int, int]] = []
     for premise, hypothesis, label in _encoded(pairs, tokenizer):
         answer = labels[label]
-        hypothesis = bare(hypothesis, special)[: room - len(answer)]
-        premise = bare(premise, special)[: room - len(answer) - len(hypothesis)]
+        hypothesis = bare(hypothesis, special)[: room - longest]
+        premise = bare(premise, special)[: room - longest - len(hypothesis)]
         pieces = (special[0], premise, line_break, hypothesis, line_break, answer, end)
         parts += pieces
         lengths.append(sum(len(piece) for piece in pieces))

@@ -199,35 +199,41 @@ def open_data(
     Raises:
         DataError: no such dataset or split, or a file, package or tokenizer is missing or unreadable.
     """
-    if not streaming:
-        splits = load_splits(
-            name,
-            path=path,
-            text_column=text_column,
-            tokenizer=tokenizer,
-            max_seq_len=max_seq_len,
-            train_split=train_split,
-            root=root,
-        )
-        return MemoryData(*splits)
-    if name in DATASET_NAMES and name not in FILE_DATASETS:
+    try:
+        if not streaming:
+            splits = load_splits(
+                name,
+                path=path,
+                text_column=text_column,
+                tokenizer=tokenizer,
+                max_seq_len=max_seq_len,
+                train_split=train_split,
+                root=root,
+            )
+            return MemoryData(*splits)
+        if name in DATASET_NAMES and name not in FILE_DATASETS:
+            raise DataError(
+                f"data.streaming is for files ({', '.join(FILE_DATASETS)}) and Hugging Face data; {name} is always in "
+                "memory. Set data.streaming=false"
+            )
+        _check_split(name, train_split)
+        length = _checked_length(name, max_seq_len)
+        encoder = load_tokenizer(tokenizer)
+        rows, held_out = _open_rows(name, path, text_column, train_split, streaming=True)
+        if held_out is not None:
+            validation = first_windows(name, with_text(all_rows(held_out)), encoder, length, MAX_VALIDATION_WINDOWS)
+            stream = TextStream(rows, encoder, length)
+        else:
+            validation, left_out = hold_out(rows, encoder, length)
+            stream = TextStream(rows, encoder, length, left_out)
+        if not len(validation):
+            raise DataError(f"dataset {name} has no text to validate on: it takes two rows at least. Choose other data")
+        return StreamedData(stream, validation)
+    except OSError as exc:  # what a reader has not foreseen, such as a folder that nobody may look into
+        where = exc.filename or name
         raise DataError(
-            f"data.streaming is for files ({', '.join(FILE_DATASETS)}) and Hugging Face data; {name} is always in "
-            "memory. Set data.streaming=false"
-        )
-    _check_split(name, train_split)
-    length = _checked_length(name, max_seq_len)
-    encoder = load_tokenizer(tokenizer)
-    rows, held_out = _open_rows(name, path, text_column, train_split, streaming=True)
-    if held_out is not None:
-        validation = first_windows(name, with_text(all_rows(held_out)), encoder, length, MAX_VALIDATION_WINDOWS)
-        stream = TextStream(rows, encoder, length)
-    else:
-        validation, left_out = hold_out(rows, encoder, length)
-        stream = TextStream(rows, encoder, length, left_out)
-    if not len(validation):
-        raise DataError(f"dataset {name} has no text to validate on: it takes two rows at least. Choose other data")
-    return StreamedData(stream, validation)
+            f"dataset {name}: {where} cannot be read ({exc.strerror or exc}). Check its permissions"
+        ) from exc
 
 
 def load_splits(

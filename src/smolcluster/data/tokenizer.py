@@ -275,7 +275,7 @@ def _json(file: Path) -> JsonObject:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{file} cannot be read (not JSON). Download or copy it again") from exc
     return content if isinstance(content, dict) else {}
 

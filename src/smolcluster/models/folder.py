@@ -99,7 +99,7 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
 def _read_json(file: Path) -> JsonObject:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         reason = getattr(exc, "strerror", None) or "not JSON"
         raise ConfigError(f"{file} cannot be read ({reason}). Download or copy it again") from exc
     if not isinstance(content, dict):

@@ -21,6 +21,8 @@ from smolcluster.models.sampling import sample_tokens
 
 # What transformers raises for a config.json or weights that it can do nothing with.
 _REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
+# The method of its models that advises a mask where a text begins or ends with the padding token.
+_ADVICE = "warn_if_padding_and_no_attention_mask"
 
 
 class HFModel(nn.Module):
@@ -40,6 +42,9 @@ class HFModel(nn.Module):
         for name, part in inner.named_children():
             self.add_module(name, part)
         object.__setattr__(self, "inner", inner)  # past nn.Module, which would register it as a part
+        for part in inner.modules():
+            if hasattr(part, _ADVICE):
+                setattr(part, _ADVICE, _say_nothing)
         self.max_seq_len = max_seq_len
 
     inner: Any
@@ -125,6 +130,7 @@ def build_hf(config: ModelConfig, *, seed: int, vocab_size: int | None, with_wei
             ) from exc
         if not with_weights:
             init_hf_parameters(inner, seed)
+    _check_causal(inner, folder)
     _check_sizes(config, inner, folder, vocab_size)
     return HFModel(inner, _longest(inner)).train()
 
@@ -156,6 +162,10 @@ def init_hf_parameters(inner: Any, seed: int) -> None:
     inner.tie_weights()
 
 
+def _say_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """A mask is not needed: see above."""
+
+
 def _load(transformers: Any, folder: Any, hf_config: Any) -> Any:
     files = weight_files(folder)
     try:
@@ -178,6 +188,15 @@ def _load(transformers: Any, folder: Any, hf_config: Any) -> Any:
             "weights of the whole language model"
         )
     return inner
+
+
+def _check_causal(inner: Any, folder: Any) -> None:
+    """Encoders too come as language models: BERT's attention sees the next token unless its config.json forbids it."""
+    if any(getattr(module, "is_decoder", None) is False for module in inner.modules()):
+        raise ConfigError(
+            f"the model in {folder} ({inner.config.model_type}) reads texts in both directions, so it would see what "
+            "it is to predict. Name a causal language model"
+        )
 
 
 def _check_sizes(config: ModelConfig, inner: Any, folder: Any, vocab_size: int | None) -> None:

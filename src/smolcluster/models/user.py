@@ -49,6 +49,8 @@ def build_user_model(config: ModelConfig, *, seed: int, vocab_size: int | None, 
             raise ConfigError(
                 f"model.type {config.type} cannot be made: {_where(exc, made)}. Check model.args"
             ) from exc
+    if not any(param.requires_grad for param in model.parameters()):
+        raise ConfigError(f"model.type {config.type} has no parameters to train. Give its layers names in __init__")
     init_parameters(model, seed)
     trained: nn.Module = model.train()
     return trained
@@ -88,6 +90,8 @@ def _is_module_class(value: object) -> bool:
 
 def _where(error: BaseException, made: type[nn.Module] | None = None) -> str:
     """The error and its line, in the class's own file if it passed there: there is no traceback on the screen."""
+    if isinstance(error, SyntaxError):  # raised where files are read, about a line that never ran
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
     frames = inspect.getinnerframes(error.__traceback__, context=0) if error.__traceback__ else []
     own_file = None if made is None else getattr(sys.modules.get(made.__module__), "__file__", None)
     frames = [frame for frame in frames if frame.filename == own_file] or frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from array import array
 from pathlib import Path
@@ -106,5 +107,7 @@ def draw_losses(curves: LossCurves, path: Path, title: str, unit: str = "") -> s
     try:
         figure.savefig(path)
     except OSError as exc:
+        with contextlib.suppress(OSError):
+            path.unlink()  # half a picture
         return f"no loss.png: {path} cannot be written ({exc.strerror or exc})"
     return None

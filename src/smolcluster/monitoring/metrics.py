@@ -20,8 +20,8 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        # Line-buffered: a reader, or whoever looks after a crash, finds every finished step.
-        self._file = path.open("a", encoding="utf-8", buffering=1, newline="\n")
+        # Unbuffered: a reader, or whoever looks after a crash, finds every finished step.
+        self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -32,23 +32,42 @@ class MetricsFile:
         self.close()
 
     def write(self, row: JsonObject) -> None:
-        """Append one row. Numbers that JSON does not know (NaN, infinity) become null.
+        """Append one row whole, or nothing. Numbers that JSON does not know (NaN, infinity) become null.
+
+        Raises:
+            TrainingStopped: the disk is full or the file cannot be written.
+        """
+        line = memoryview(json_line(row).encode())
+        nbytes = len(line)
+        try:
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._file.write(line) :]
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._file.tell() - (nbytes - len(line)))
+            raise self._stopped(exc) from exc
+
+    def sync(self) -> None:
+        """Wait until the rows so far are on the disk.
 
         Raises:
             TrainingStopped: the disk is full or the file cannot be written.
         """
         try:
-            self._file.write(json_line(row))
+            os.fsync(self._file.fileno())
         except OSError as exc:
-            raise TrainingStopped(
-                f"the metrics cannot be written to {self._path} ({exc.strerror or exc}). Free some space, or give "
-                "--out a folder on another disk"
-            ) from exc
+            raise self._stopped(exc) from exc
 
     def close(self) -> None:
-        """Close the file. What a full disk did not take is tried once more, and then given up: `write` has told."""
+        """Close the file."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+    def _stopped(self, exc: OSError) -> TrainingStopped:
+        return TrainingStopped(
+            f"the metrics cannot be written to {self._path} ({exc.strerror or exc}). Free some space, or give --out a "
+            "folder on another disk"
+        )
 
 
 def keep_rows_before(path: Path, step: int) -> None:

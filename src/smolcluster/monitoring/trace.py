@@ -24,7 +24,7 @@ import torch
 
 from smolcluster.collectives.base import Communicator
 from smolcluster.kinds import JsonObject, JsonValue
-from smolcluster.telemetry import ALL_REDUCE, COMPUTE, LOADER, MAX_TRACE_EVENTS, TraceEvent, TraceRecorder
+from smolcluster.telemetry import BUCKETS, COMPUTE, LOADER, MAX_TRACE_EVENTS, TraceEvent, TraceRecorder
 
 Clock = Callable[[], float]
 # From a rank's own time to that of rank 0 or of the file; seconds.
@@ -38,7 +38,7 @@ _TAG = 2**30 - 1
 _EMPTY = torch.empty(0, dtype=torch.uint8)
 # Perfetto looks threads up by their number alone, so no two ranks may have the same.
 _THREADS_PER_RANK = 1000
-_FIRST_TRACKS = (COMPUTE, ALL_REDUCE, LOADER)
+_FIRST_TRACKS = (COMPUTE, BUCKETS, LOADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,21 +224,33 @@ def chrome_events(events: Sequence[TraceEvent], rank: int, name: str, to_common:
     for track, thread in tracks.items():
         yield _metadata("thread_name", rank, thread, {"name": track})
         yield _metadata("thread_sort_index", rank, thread, {"sort_index": thread})
-    buckets = {_call(event): event.details for event in events if event.track == ALL_REDUCE}
+    buckets = {_call(event): event.details for event in events if event.track == BUCKETS}
     # What encloses comes first, also where both begin in the same microsecond.
     for event in sorted(events, key=lambda event: (event.start, -event.end)):
         start, end = _microseconds(to_common(event.start)), _microseconds(to_common(event.end))
         place: JsonObject = {"pid": rank, "tid": tracks[event.track]}
         args: JsonObject = {**event.details}
-        label = event.name
         if "dst" in event.details:  # bytes on a lane, not a span of the training thread
+            args["call"] = event.name
             if (bucket := buckets.get(_call(event))) is not None:
                 args |= {"step": bucket["step"], "bucket": bucket["bucket"]}
-            label = f"{'send' if event.details['src'] == rank else 'recv'} {event.name}"
+        label = _label(event, args, rank)
         span: JsonObject = {"name": label, "cat": event.track, "ph": "X", "ts": start, "dur": end - start, "args": args}
         yield span | place
         if "dst" in event.details:
             yield _arrow(event, rank, start, end) | place
+
+
+def _label(event: TraceEvent, args: JsonObject, rank: int) -> str:
+    """What stands on the span.
+
+    Only the wait has the call's name in it: how long the all-reduces themselves took is another question, and whoever
+    adds up the spans of a name should not mix the two.
+    """
+    name = f"bucket {args['bucket']}" if "bucket" in args else event.name
+    if "dst" in args:
+        return f"{'send' if args['src'] == rank else 'recv'} {name}"
+    return f"{name} ({args['call']})" if "call" in args else name
 
 
 def _call(event: TraceEvent) -> tuple[object, ...]:

@@ -74,7 +74,10 @@ def end_descendants(pid: int) -> None:
 
 def main() -> None:
     """Take orders from stdin; ends the process."""
-    with os.fdopen(os.dup(_STDIN), encoding="utf-8") as orders, os.fdopen(os.dup(_STDOUT), "w", 1) as notes:
+    with (
+        os.fdopen(os.dup(_STDIN), encoding="utf-8") as orders,
+        os.fdopen(os.dup(_STDOUT), "w", 1, encoding="utf-8") as notes,
+    ):
         os.dup2(os.open(os.devnull, os.O_RDONLY), _STDIN)  # wandb finds nobody to ask
         os.dup2(_STDERR, _STDOUT)
         start = json.loads(orders.readline())

@@ -49,8 +49,7 @@ class WandbRuns:
     def __init__(
         self, config: Config, world_size: int, names: Sequence[str] | None, note: Callable[[str], None]
     ) -> None:
-        spec = find_spec("wandb")
-        if spec is None or spec.origin is None:  # without origin: a folder `wandb/` that offline runs left here
+        if not _is_installed():
             raise ConfigError(
                 f"logging.wandb is {config.logging.wandb}, but the package wandb is not installed. Install it: "
                 'pip install "smolcluster[wandb]", or set logging.wandb to off'
@@ -173,6 +172,15 @@ class WandbRuns:
         if at is not None:
             point["_timestamp"] = at  # wandb's own name: else it takes the time of arrival
         self._queue.put(json.dumps({"rank": rank, "step": step, "point": point}))
+
+
+def _is_installed() -> bool:
+    """Whether wandb can be found. Not imported here: this process trains, or answers for those that do."""
+    try:
+        spec = find_spec("wandb")
+    except (ImportError, ValueError):  # somebody blocks it
+        return False
+    return spec is not None and spec.origin is not None  # without origin: a folder `wandb/` that offline runs left here
 
 
 def run_name(config: Config, rank: int, names: Sequence[str] | None) -> str:

@@ -16,7 +16,8 @@ from smolcluster.collectives.base import Communicator
 from smolcluster.config.schema import Config, resolved_batch_size, resolved_staleness_bound, total_steps
 from smolcluster.data.loader import BatchLoader, eval_batches
 from smolcluster.data.source import TrainingData, open_data
-from smolcluster.device import prepare_process, resolve_device
+from smolcluster.device import is_out_of_memory, prepare_process, resolve_device
+from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.build import build_model
 from smolcluster.run.support import check_supported, rank_weights
@@ -106,7 +107,12 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
         streaming=config.data.streaming,
     )
     seed = config.cluster.seed
-    model = build_model(config.model, seed=seed, vocab_size=data.vocab_size, num_classes=data.num_classes)
+    try:
+        model = build_model(config.model, seed=seed, vocab_size=data.vocab_size, num_classes=data.num_classes)
+    except (RuntimeError, MemoryError) as exc:
+        if not is_out_of_memory(exc):
+            raise
+        raise ConfigError("the model does not fit into this machine's memory. Make the sizes of model smaller") from exc
     global_batch = resolved_batch_size(config) * len(names)
     _steps(config, data, global_batch)  # a stream is counted here, where nobody waits for this rank
     # Dropout: other masks on every rank, the same in every run.

@@ -38,6 +38,7 @@ class Exported:
         model: `model.type`.
         step: updates that the weights had.
         weights_sha256: of the weights; the number of summary.json, where they are those of the last step.
+        skipped: why newer checkpoints of the run were passed over, a clause for each.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Exported:
     model: str
     step: int
     weights_sha256: str
+    skipped: list[str]
 
 
 def export_model(source: Path, folder: Path) -> Exported:
@@ -83,7 +85,9 @@ def export_model(source: Path, folder: Path) -> Exported:
         raise ConfigError(f"{folder} cannot be written ({reason}). Name another folder, or free some space") from exc
     finally:
         remove(temporary)
-    return Exported(folder, files, trained.config.model.type, trained.step, weights_sha256(model))
+    return Exported(
+        folder, files, trained.config.model.type, trained.step, weights_sha256(model), skipped=trained.skipped
+    )
 
 
 def _check_free(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from smolcluster.config.dump import config_yaml
-from smolcluster.config.schema import LANGUAGE_MODELS, Config
+from smolcluster.config.schema import Config, reads_text
 from smolcluster.errors import ConfigError, TrainingStopped
 from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.monitoring.curves import LossCurves, draw_losses
@@ -18,6 +19,8 @@ from smolcluster.monitoring.metrics import MetricsFile, keep_rows_before, read_r
 from smolcluster.monitoring.reporters import Reporter
 from smolcluster.monitoring.summary import build_summary, write_summary
 from smolcluster.monitoring.wandb_runs import WandbRuns
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -42,7 +45,7 @@ class Ran:
 class RunFolder:
     """Owns `config.yaml`, `metrics.jsonl`, `summary.json` and `loss.png` of one run, and shows its progress.
 
-    `write` may be called from any thread; everything else from one.
+    `write` and `sync` may be called from any thread; everything else from one.
     """
 
     def __init__(
@@ -133,6 +136,16 @@ class RunFolder:
             if self._wandb is not None:
                 self._wandb.write(row)
 
+    def sync(self) -> None:
+        """Wait until the rows so far are on the disk.
+
+        Raises:
+            TrainingStopped: the disk is full.
+        """
+        with self._lock:
+            if not self._closed:
+                self._metrics.sync()
+
     def _note_row(self, row: JsonObject) -> None:
         self._curves.add(row)
         if row.get("rank") == 0:
@@ -175,9 +188,9 @@ class RunFolder:
         draw = has_time and not lost_ranks and bool(self._curves.steps)
         values, ranks = {**self._known(), **partial}, [None] * self._world_size
         try:
-            return self._conclude(values, ranks, draw=draw, exit_code=1)
-        except TrainingStopped as error:  # the disk is full; what the user is told is why the run broke off
-            self._reporter.note(str(error))
+            return self._conclude(values, ranks, draw=draw, exit_code=1, is_failure=True)
+        except TrainingStopped as error:  # the disk is full, which is mostly why the run broke off: one line says so
+            logger.info("no summary reason=%s", error)
             return build_summary(values, ranks)
 
     def close(self) -> None:
@@ -200,6 +213,7 @@ class RunFolder:
         *,
         draw: bool,
         exit_code: int,
+        is_failure: bool = False,
     ) -> JsonObject:
         self._reporter.close()
         summary = build_summary(run, ranks)
@@ -211,7 +225,7 @@ class RunFolder:
             return summary
         title = f"{self._config.algorithm}, {self._config.model.type} on {self._config.data.dataset}, {count}"
         note = draw_losses(self._curves, self.path / "loss.png", title, loss_unit(self._config))
-        if note is not None:
+        if note is not None and not is_failure:  # why it failed is told in one line
             self._reporter.note(note)
         return summary
 
@@ -229,11 +243,11 @@ def default_out(config: Config) -> Path:
 
 def loss_unit(config: Config) -> str:
     """What a loss of this run is counted in."""
-    if config.model.type not in LANGUAGE_MODELS:
+    if not reads_text(config):
         return "nats"
     return "nats per byte" if config.data.tokenizer == "bytes" else "nats per token"
 
 
 def rate_unit(config: Config) -> str:
     """What the speed is counted in: targets are tokens for texts, else samples."""
-    return "tokens" if config.model.type in LANGUAGE_MODELS else "samples"
+    return "tokens" if reads_text(config) else "samples"

@@ -5,6 +5,7 @@ This process imports no torch. It owns the run folder: the ranks send it their r
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -57,13 +58,16 @@ def run_local(
     check_supported(config, world_size)
     names = [f"rank{rank}" for rank in range(world_size)]
     rank_weights(config, names)
+    # A folder that a SIGKILL leaves behind, so only where torch.distributed needs a file to meet at.
+    meets_at_file = config.backend != "tcp" and world_size > 1
+    scratch_folder = tempfile.TemporaryDirectory(prefix="smolcluster-") if meets_at_file else contextlib.nullcontext()
     with (
         RunFolder(out, config, world_size, reporter, None if resume is None else resume.step) as folder,
-        tempfile.TemporaryDirectory(prefix="smolcluster-") as scratch,
+        scratch_folder as scratch,
     ):
         handler = log_to_file(folder.path / "logs" / "launcher.log")
         try:
-            return _LocalRun(config, names, folder, Path(scratch), resume, skip_nonfinite, trace).run()
+            return _LocalRun(config, names, folder, scratch, resume, skip_nonfinite, trace).run()
         finally:
             logging.getLogger("smolcluster").removeHandler(handler)
             handler.close()
@@ -77,7 +81,7 @@ class _LocalRun:
         config: Config,
         names: Sequence[str],
         folder: RunFolder,
-        scratch: Path,
+        scratch: str | None,
         resume: ResumePoint | None,
         skip_nonfinite: bool,
         trace: bool,
@@ -85,7 +89,6 @@ class _LocalRun:
         self._folder = folder
         self._result: JsonObject | None = None
         token, run_id = new_token().hex(), os.urandom(8).hex()
-        uses_files = config.backend != "tcp"
         specs = []
         for rank in range(len(names)):
             bootstrap = Bootstrap(
@@ -94,7 +97,7 @@ class _LocalRun:
                 config=config,
                 token=token,
                 run_id=run_id,
-                init_file=str(scratch / "rendezvous") if uses_files else None,
+                init_file=None if scratch is None else str(Path(scratch, "rendezvous")),
                 log_path=folder.log_path(rank).absolute(),
                 checkpoints=folder.checkpoints.absolute(),
                 resume=None if resume is None else resume.checkpoint.absolute(),
@@ -146,6 +149,9 @@ class _LocalRun:
         elif event == "progress":
             done, total = cast(int, message["done"]), cast(int, message["total"])
             self._folder.progress(done, total, cast(JsonObject, message["row"]))
+        elif event == "rows_end":
+            self._folder.sync()
+            self._supervisor.tell(rank, {"command": "rows_written"})
         elif event == "note":
             self._folder.note(str(message["text"]))
         elif event == "listening" and rank == 0:

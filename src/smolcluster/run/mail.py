@@ -1,7 +1,7 @@
 """How the rows and the log of every rank reach the run folder, which rank 0 owns.
 
 Between machines they travel as control messages while training goes on. gloo and nccl have none: there the other ranks
-keep their rows until training has ended.
+keep their rows until the next checkpoint, or until training has ended.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # An exchanged message may be 1 MiB; a row is less than 64 KiB even with a norm for each of a thousand parameters.
 _ROWS_MESSAGE_BYTES = 512 << 10
+_WAIT_SLICE = 0.1
 
 
 class Mail:
@@ -86,17 +88,15 @@ class Mail:
         self._reporter.progress(done, total, row)
 
     def deliver(self, comm: Communicator) -> None:
-        """Every rank calls it when its last row is written; afterwards rank 0 has the rows of all."""
+        """Every rank calls it after the same step; afterwards the rows of all so far are on rank 0's disk."""
         if self._world is None:
             self._exchange_kept(comm)
-            return
-        if self._folder is None:
+        elif self._folder is None:
             self._world.send(0, "rows_end", {})
         else:
-            for _ in range(comm.world_size - 1):
-                if not self._ended.acquire(timeout=self._patience):
-                    logger.warning("rows missing: some rank did not send its last one")
-                    break
+            self._wait_for_others(self._world, comm.world_size - 1)
+        if self._folder is not None:
+            self._folder.sync()
         comm.barrier()
 
     def _row_of(self, message: JsonObject) -> None:
@@ -113,8 +113,19 @@ class Mail:
             self._logs[rank] = self._folder.log_path(rank).open("a", encoding="utf-8", buffering=1)
         self._logs[rank].write(f"{message.get('line')}\n")
 
+    def _wait_for_others(self, world: World, count: int) -> None:
+        deadline = time.monotonic() + self._patience
+        for _ in range(count):
+            while not self._ended.acquire(timeout=_WAIT_SLICE):
+                if world.error() is not None:
+                    return  # what communicates next raises it
+                if time.monotonic() > deadline:
+                    logger.warning("rows missing: some rank did not send its last one")
+                    return
+
     def _exchange_kept(self, comm: Communicator) -> None:
         kept, at = self._kept, 0
+        self._kept = []
         while True:
             end, nbytes = at, 0
             while end < len(kept) and nbytes < _ROWS_MESSAGE_BYTES:

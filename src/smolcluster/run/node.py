@@ -231,7 +231,7 @@ class _NodeRun:
                 skip_nonfinite=self._options.skip_nonfinite,
                 trace=folder.trace if folder is not None and self._options.trace else None,
                 name=self._names[self._rank],
-                before_report=mail.deliver,
+                deliver=mail.deliver,
             )
         if result.note is not None:
             self._options.reporter.note(result.note)

@@ -33,6 +33,7 @@ class ParentLink:
         self._state_lock = threading.Lock()
         self._bootstrap: SimpleQueue[JsonObject] = SimpleQueue()
         self._leader: SimpleQueue[str] = SimpleQueue()
+        self._written = threading.Semaphore(0)
         self._request_stop: Callable[[], None] | None = None
         self._abort: Callable[[SmolError], None] | None = None
         # daemon: it sits in read() until the process ends, and nothing can wake it
@@ -54,6 +55,11 @@ class ParentLink:
             while data:
                 data = data[os.write(self._events, data) :]
 
+    def deliver(self) -> None:
+        """Block until the rows that were told are on the disk. The parent answers, or it is gone and so are we."""
+        self.tell({"event": "rows_end"})
+        self._written.acquire()
+
     def attach(self, request_stop: Callable[[], None], abort: Callable[[SmolError], None]) -> None:
         """From now on there is something to finish: "stop" and "abort" go to these, from the reader's thread."""
         with self._state_lock:
@@ -74,6 +80,8 @@ class ParentLink:
             request_stop, abort = self._request_stop, self._abort
         if command == "leader":
             self._leader.put(str(message["address"]))
+        elif command == "rows_written":
+            self._written.release()
         elif command == "stop":
             if request_stop is None:
                 os._exit(EXIT_INTERRUPTED)  # still starting: nothing to save

@@ -158,6 +158,7 @@ class _Rank:
                 skip_nonfinite=start.skip_nonfinite,
                 trace=start.trace if start.rank == 0 else None,
                 name=start.names[start.rank],
+                deliver=lambda _comm: self._link.deliver(),
             )
         except Exception as error:  # noqa: BLE001 - told to the parent and to the other ranks
             return self._fail(error, world, comm)

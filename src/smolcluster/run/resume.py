@@ -5,12 +5,13 @@ The top imports no torch: the process that starts ranks needs it only to verify 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, ValidationError
 
 from smolcluster.config.schema import Config
 from smolcluster.errors import CheckpointError, ConfigError
@@ -26,6 +27,22 @@ _FIXED = (
 )
 
 
+class RunProgress(BaseModel):
+    """training.trainer.Progress, as it comes from a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    steps: NonNegativeInt
+    computed: NonNegativeInt
+    is_drained: bool
+    samples: NonNegativeInt
+    rank_samples: NonNegativeInt
+    tokens: NonNegativeInt
+    wall_s: float
+    train_s: float
+    train_loss: float | None
+
+
 class RunMeta(BaseModel):
     """What a checkpoint says of its run, beside the tensors."""
 
@@ -36,8 +53,7 @@ class RunMeta(BaseModel):
     world_size: int
     global_batch: int
     """Samples of a step over all ranks."""
-    progress: dict[str, Any]
-    """Fields of training.trainer.Progress."""
+    progress: RunProgress
     rank_samples: list[int]
     """Samples that each rank has computed."""
     position: dict[str, JsonValue]
@@ -90,13 +106,10 @@ def find_resume_point(what: str, out: Path | None, wanted: Mapping[str, str]) ->
             raise CheckpointError(f"--resume latest: {out} has no checkpoints. Leave out --resume to start there")
         return _newest(out / CHECKPOINTS)
     for run in _runs_by_age():
-        try:
-            point = _newest(run / CHECKPOINTS)
-        except CheckpointError:
+        if not _is_like(run, wanted):
             continue
-        is_like = {"algorithm": point.meta.algorithm, "model.type": point.meta.config.model.type}
-        if all(is_like[key] == value for key, value in wanted.items()):
-            return point
+        with contextlib.suppress(CheckpointError):
+            return _newest(run / CHECKPOINTS)
     of = " with " + " and ".join(f"{key} {value}" for key, value in wanted.items()) if wanted else ""
     raise CheckpointError(f"--resume latest: no run{of} under {RUNS}/ has a checkpoint. Name one: --resume PATH")
 
@@ -142,13 +155,25 @@ def batch_note(point: ResumePoint, config: Config, batch_size: int, world_size: 
     )
 
 
+def schedule_note(point: ResumePoint, config: Config) -> str | None:
+    """What to say where the run gets another length than its learning rate was planned for."""
+    before = point.meta.config
+    is_as_long = all(getattr(config.training, key) == getattr(before.training, key) for key in ("max_steps", "epochs"))
+    if is_as_long or config.lr_schedule.kind == "constant":
+        return None
+    return (
+        f"the run gets another length, and lr_schedule.kind {config.lr_schedule.kind} is stretched over it from here "
+        "on: what follows is not what a run of that length gives from the start. With lr_schedule.kind constant it is"
+    )
+
+
 def _newest(checkpoints: Path) -> ResumePoint:
     from smolcluster.checkpoint.store import newest_whole
 
     path, skipped = newest_whole(checkpoints)
     point = _point(path, checkpoints)
     notes = [f"skipped: {reason}" for reason in skipped]
-    if point.meta.progress.get("is_drained"):
+    if point.meta.progress.is_drained:
         before = _before_draining(point, checkpoints)
         if before is None:
             notes.append(
@@ -167,7 +192,7 @@ def _before_draining(point: ResumePoint, checkpoints: Path) -> ResumePoint | Non
             other = _point(path, checkpoints)
         except CheckpointError:
             continue
-        if other.step < point.step == other.meta.progress.get("computed"):
+        if other.step < point.step == other.meta.progress.computed:
             return other
     return None
 
@@ -185,6 +210,19 @@ def _point(path: Path, checkpoints: Path) -> ResumePoint:
         ) from exc
     later = [other for other in checkpoints.glob("step_*") if other.name > path.name]
     return ResumePoint(path, checkpoints.parent, checkpoint.step, meta, is_newest=not later)
+
+
+def _is_like(run: Path, wanted: Mapping[str, str]) -> bool:
+    """Whether the newest checkpoint's index says so. Its files may be large, so they are not verified for that."""
+    from smolcluster.checkpoint.index import read_index
+
+    try:
+        name = (run / CHECKPOINTS / LATEST).read_text(encoding="utf-8").strip()
+        meta = RunMeta.model_validate(read_index(run / CHECKPOINTS / name).meta)
+    except (CheckpointError, OSError, ValueError):  # the newest is damaged; an older one may not be
+        return not wanted
+    found = {"algorithm": meta.algorithm, "model.type": meta.config.model.type}
+    return all(found[key] == value for key, value in wanted.items())
 
 
 def _runs_by_age() -> list[Path]:

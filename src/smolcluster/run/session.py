@@ -14,7 +14,7 @@ from torch import nn
 from smolcluster.checkpoint.ranks import SharedReader, save_from_all_ranks
 from smolcluster.checkpoint.store import discard_after, open_checkpoint, prune
 from smolcluster.collectives.base import Communicator
-from smolcluster.config.schema import LANGUAGE_MODELS
+from smolcluster.config.schema import reads_text
 from smolcluster.data.loader import BatchLoader
 from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
@@ -23,7 +23,7 @@ from smolcluster.monitoring.links import measure_links
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.trace import RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
-from smolcluster.run.resume import RunMeta
+from smolcluster.run.resume import RunMeta, RunProgress
 from smolcluster.training.rng import rng_state
 from smolcluster.training.role import RunContext, TrainerRole
 from smolcluster.training.strategy import Strategy
@@ -59,7 +59,7 @@ def run_rank(
     skip_nonfinite: bool = False,
     trace: Path | None = None,
     name: str | None = None,
-    before_report: Callable[[Communicator], None] | None = None,
+    deliver: Callable[[Communicator], None] | None = None,
 ) -> RankResult:
     """Train to the end and exchange the results. Blocks; every rank calls it.
 
@@ -72,7 +72,8 @@ def run_rank(
         skip_nonfinite: pass over updates that are not finite instead of stopping.
         trace: rank 0: the trace of all ranks; None: no trace is recorded.
         name: of this rank's machine, for the trace.
-        before_report: called when training has ended, on every rank at the same point: it may communicate.
+        deliver: brings the rows so far to the disk, so that no checkpoint is ahead of them. Called before each one and
+            when training has ended, on every rank at the same point: it may communicate.
     """
     checkpoint = None if resume is None else open_checkpoint(resume)
     if checkpoint is not None and checkpoints is not None and checkpoint.path.parent.resolve() == checkpoints.resolve():
@@ -80,7 +81,7 @@ def run_rank(
     reader = SharedReader.open(comm, checkpoint)
     meta = None if reader is None else RunMeta.model_validate(reader.meta)
     restarts = 0 if meta is None else meta.restarts + 1
-    saver = _Saver(parts, comm, checkpoints, restarts) if comm.exchange(checkpoints is not None)[0] else None
+    saver = _Saver(parts, comm, checkpoints, restarts, deliver) if comm.exchange(checkpoints is not None)[0] else None
     recording = RunTrace(comm, trace, name or f"rank{comm.rank}") if comm.exchange(trace is not None)[0] else None
     assembly = assemble(
         parts,
@@ -97,15 +98,15 @@ def run_rank(
     with assembly.loader, recording or contextlib.nullcontext():
         result = TrainerRole(assembly.trainer).run(RunContext(sink, comm, context.stop))
     logger.info("trained rank=%d steps=%d stopped=%s", parts.rank, result.steps, result.stopped)
-    if before_report is not None:
-        before_report(comm)
+    if deliver is not None:
+        deliver(comm)
+    note = None if recording is None else recording.write()  # before the reports: its bytes count
     reports = [report for report in comm.exchange(_report(assembly, result, comm)) if isinstance(report, dict)]
     values = _run_values(parts, assembly, result, reports) | {"restarts": restarts}
-    return RankResult(values, reports, result.stopped, recording.write() if recording is not None else None)
+    return RankResult(values, reports, result.stopped, note)
 
 
 def _run_values(parts: Parts, assembly: Assembly, result: TrainResult, reports: Sequence[JsonObject]) -> JsonObject:
-    is_text = parts.config.model.type in LANGUAGE_MODELS
     return {
         "steps": result.steps,
         "samples": result.samples,
@@ -115,7 +116,7 @@ def _run_values(parts: Parts, assembly: Assembly, result: TrainResult, reports: 
         "train_loss": result.train_loss,
         "val_loss": result.val_loss,
         "val_accuracy": result.val_accuracy,
-        "val_perplexity": result.val_perplexity if is_text else None,
+        "val_perplexity": result.val_perplexity if reads_text(parts.config) else None,
         "parameters": sum(param.numel() for param in assembly.strategy.model.parameters()),
         "weights_sha256": reports[0]["weights_sha256"],
     }
@@ -160,22 +161,32 @@ def _start(reader: SharedReader, meta: RunMeta, comm: Communicator) -> Start:
     rank_samples = [0] * comm.world_size
     for rank, samples in enumerate(meta.rank_samples):
         rank_samples[rank if rank < comm.world_size else 0] += samples
-    progress = Progress(**meta.progress | {"rank_samples": rank_samples[comm.rank]})
+    progress = Progress(**meta.progress.model_dump() | {"rank_samples": rank_samples[comm.rank]})
     return Start(reader, progress, meta.global_batch, meta.position)
 
 
 class _Saver:
     """Writes checkpoints; every rank has one, since every rank holds a part of the state."""
 
-    def __init__(self, parts: Parts, comm: Communicator, folder: Path | None, restarts: int) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        comm: Communicator,
+        folder: Path | None,
+        restarts: int,
+        deliver: Callable[[Communicator], None] | None,
+    ) -> None:
         self._parts = parts
         self._comm = comm
         self._folder = folder
         self._restarts = restarts
+        self._deliver = deliver
 
     def save(self, strategy: Strategy, loader: BatchLoader, progress: Progress) -> None:
         """Write one; blocks until it is on the disk. Every rank calls it at the same step."""
         config, comm = self._parts.config, self._comm
+        if self._deliver is not None:
+            self._deliver(comm)
         shards = dict(strategy.state())
         if not config.checkpoint.save_optimizer:
             shards = {name: shard for name, shard in shards.items() if shard.kind != "optim"}
@@ -185,14 +196,17 @@ class _Saver:
             config=config,
             world_size=comm.world_size,
             global_batch=loader.global_batch,
-            progress=asdict(progress),
+            progress=RunProgress(**asdict(progress)),
             rank_samples=comm.exchange(progress.rank_samples),
             position=loader.position(),
             restarts=self._restarts,
         )
         save_from_all_ranks(comm, self._folder, progress.steps, shards, meta.model_dump(mode="json"))
         if self._folder is not None:
-            prune(self._folder, config.checkpoint.keep)
+            keep = config.checkpoint.keep
+            if keep is not None and progress.is_drained:
+                keep = max(keep, 2)  # a longer run goes on from the one before, in which the last gradients wait
+            prune(self._folder, keep)
             logger.info("checkpoint written step=%d", progress.steps)
 
 

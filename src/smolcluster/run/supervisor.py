@@ -5,7 +5,7 @@ everything else to its log file. stdin stays open as a lifeline: when this proce
 children read end-of-file and leave. One thread per child reads its stdout, one waits for its end; both put what they
 saw into one queue, which `Supervisor.run` works off. So nothing is polled.
 
-To a child     {"command": "leader", "address": …}   {"command": "stop"}   {"command": "abort", "rank": …, "message": …}
+To a child     {"command": "stop"}   {"command": "abort", "rank": …, "message": …}   and what the caller has to say
 From a child   {"event": "error", "message": …, "exit_code": …, "consequence": …, "lost": …} and what the caller knows
 """
 

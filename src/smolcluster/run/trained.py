@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from smolcluster.checkpoint.store import load_weights
-from smolcluster.config.schema import IMAGE_DATASETS, Config
+from smolcluster.config.schema import Config, reads_text
 from smolcluster.data.tokenizer import Tokenizer, load_tokenizer
 from smolcluster.errors import CheckpointError
 from smolcluster.models.build import restore_model
@@ -26,12 +26,14 @@ class Trained:
         config: of the run.
         tokenizer: of its data; None: it was trained on images.
         step: updates that the weights had.
+        skipped: why newer checkpoints of the run were passed over, a clause for each.
     """
 
     model: nn.Module
     config: Config
     tokenizer: Tokenizer | None
     step: int
+    skipped: list[str]
 
 
 def load_trained(source: Path) -> Trained:
@@ -52,8 +54,7 @@ def load_trained(source: Path) -> Trained:
         raise CheckpointError(
             f"the checkpoint in {source} does not say how its model is built. Use one that this release has written"
         ) from exc
-    is_text = config.model.type != "simple_nn" and config.data.dataset not in IMAGE_DATASETS
-    tokenizer = load_tokenizer(config.data.tokenizer) if is_text else None
+    tokenizer = load_tokenizer(config.data.tokenizer) if reads_text(config) else None
     model = restore_model(
         config.model,
         tensors,
@@ -61,4 +62,5 @@ def load_trained(source: Path) -> Trained:
         vocab_size=tokenizer.vocab_size if tokenizer else None,
         num_classes=None if tokenizer else IMAGE_CLASSES,
     )
-    return Trained(model, config, tokenizer, step if isinstance(step, int) else 0)
+    skipped = [str(reason) for reason in index["skipped"]] if isinstance(index["skipped"], list) else []
+    return Trained(model, config, tokenizer, step if isinstance(step, int) else 0, skipped)

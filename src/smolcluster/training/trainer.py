@@ -214,7 +214,7 @@ class _Run:
         batches = iter(itertools.islice(self._trainer._batches, max(0, steps - self._computed)))
         while True:
             lap = time.monotonic()
-            with self._timing.traced("load wait"):
+            with self._timing.traced("next batch"):
                 micro_batches = next(batches, None)
             if micro_batches is None:
                 break
@@ -257,10 +257,10 @@ class _Run:
             return
         if not stopped and self._trainer._eval_batches and self._evaluated_at != self._done:
             # The batches ended early, or a resumed run was at its end: the last step's row is out already.
-            row: JsonObject = {"time": time.time(), "rank": self._timing.rank, "step": self._done - 1}
+            row: JsonObject = {"time": 0.0, "rank": self._timing.rank, "step": self._done - 1}
             row |= self._evaluate()
             if self._last is not None:
-                self._metrics.write(row)
+                self._write(row)
         self._save(is_due=True)
 
     def _after_step(self, result: StepResult, step_s: float, *, may_evaluate: bool, is_last: bool) -> None:
@@ -271,7 +271,7 @@ class _Run:
         self._samples += result.samples
         self._tokens += result.count
         row: JsonObject = {
-            "time": time.time(),
+            "time": 0.0,  # its place; see _write
             "rank": self._timing.rank,
             "step": result.step,
             "train/loss": _json_number(result.loss),
@@ -285,11 +285,17 @@ class _Run:
         is_eval_due = is_last or (trainer._eval_steps and (result.step + 1) % trainer._eval_steps == 0)
         if may_evaluate and is_eval_due and trainer._eval_batches:
             row |= self._evaluate()
-        self._metrics.write(row)
+        self._write(row)
         self._metrics.progress(self._done, trainer._steps, row)
         if may_evaluate:
             every = trainer._checkpoint_steps
             self._save(is_due=bool(every) and (result.step + 1) % (every or 1) == 0)
+
+    def _write(self, row: JsonObject) -> None:
+        """Write a row with the bytes since the one before it: those of a step, an evaluation, a checkpoint."""
+        row |= self._timing.traffic()
+        row["time"] = time.time()  # bytes and time of a row are of the same moment
+        self._metrics.write(row)
 
     def _save(self, is_due: bool) -> None:
         if is_due and self._trainer._checkpoint and self._saved_at != self._done:
@@ -308,7 +314,6 @@ class _Run:
             with self._timing.traced("checkpoint"):
                 self._trainer._checkpoint(progress)
             self._timing.collect()
-            self._timing.skip_bytes()  # what saving sends belongs to no step
 
     def _evaluate(self) -> JsonObject:
         """Evaluate this rank's part and add the sums up over all ranks, exactly."""
@@ -322,7 +327,6 @@ class _Run:
                 self._comm.all_reduce(total).wait()
                 sums = EvalSums(float(total[0]), *(round(number) for number in total[1:].tolist()))
         self._timing.collect()
-        self._timing.skip_bytes()
         self._eval, self._evaluated_at = sums, self._done
         loss, accuracy, perplexity = _eval_numbers(sums)
         return {"val/loss": loss, "val/accuracy": accuracy, "val/perplexity": perplexity}
@@ -351,8 +355,6 @@ class _StepTiming:
         self.rank = 0 if comm is None else comm.rank
         self._telemetry = None if comm is None else comm.telemetry
         self._spans: dict[int, list[Span]] = {}
-        self._sent = self._recv = 0.0
-        self.skip_bytes()
 
     def collect(self) -> None:
         """Take the spans over; they may belong to steps whose gradient is applied later."""
@@ -364,23 +366,20 @@ class _StepTiming:
         """Shows the time that the body takes in a trace."""
         return nullcontext() if self._telemetry is None else self._telemetry.traced(name)
 
-    def skip_bytes(self) -> None:
-        """Leave the bytes since the last row out of the next one."""
-        if self._telemetry is not None:
-            self._sent = self._telemetry.counter("link/sent_bytes")
-            self._recv = self._telemetry.counter("link/recv_bytes")
+    def traffic(self) -> JsonObject:
+        """Bytes since the last call; at first also what was sent before the first step. So rows add up to the run."""
+        if self._telemetry is None:
+            return {}
+        return {name: self._telemetry.increase(name) for name in ("link/sent_bytes", "link/recv_bytes")}
 
     def row(self, step: int) -> JsonObject:
-        """The columns of `step`; forgets its spans and all older ones."""
+        """The times of `step`; forgets its spans and all older ones."""
         if self._telemetry is None:
             return {}
         spans = self._spans.pop(step, [])
         self._spans = {later: spans for later, spans in self._spans.items() if later > step}
-        sent, recv = self._sent, self._recv
-        self.skip_bytes()
-        traffic: JsonObject = {"link/sent_bytes": self._sent - sent, "link/recv_bytes": self._recv - recv}
         if not spans:
-            return traffic  # an algorithm that measures nothing: no zeros that look like measurements
+            return {}  # an algorithm that measures nothing: no zeros that look like measurements
         by_name: dict[str, list[Span]] = {}
         for span in spans:
             by_name.setdefault(span.name, []).append(span)
@@ -389,14 +388,14 @@ class _StepTiming:
             "time/backward_s": _total_s(by_name.get("backward", [])),
         }
         if "comm_wait" not in by_name:
-            return traffic | compute
+            return compute
         all_reduce_s, hidden_s = overlap_s(by_name.get("all_reduce", []), by_name.get("backward", []))
         communication: JsonObject = {
             "time/comm_wait_s": _total_s(by_name["comm_wait"]),
             "time/all_reduce_s": all_reduce_s,
             "time/all_reduce_hidden_s": hidden_s,
         }
-        return traffic | compute | communication
+        return compute | communication
 
 
 def _total_s(spans: list[Span]) -> float:
