@@ -60,9 +60,8 @@ def main() -> None:
             result = trainer.run(comm=comm)
             position = loader.position()
         if comm.rank == 0:
-            print(
-                f"at {position}: loss {result.val_loss:.4f}, {100 * result.val_accuracy:.1f} % of the sectors are right"
-            )
+            right = 100 * result.val_accuracy
+            print(f"at step {position['step']}: loss {result.val_loss:.4f}, {right:.1f} % of the sectors are right")
     comm.close()
 
 

@@ -30,7 +30,7 @@ def numbers_of(data: TrainingData, world_size: int, start: JsonObject | None, ma
     for rank in range(world_size):
         with data.loader(rank, [1.0] * world_size, global_batch=8, seed=3, start=start, max_steps=max_steps) as loader:
             by_rank.append([[int(x) for batch in step for x in batch.inputs] for step in loader])
-            assert loader.position() == {"step": max_steps}
+            assert loader.position() == {"step": max_steps, "samples": 30}
     return [sum(parts, []) for parts in zip(*by_rank, strict=True)]  # noqa: RUF017 - three short lists
 
 
@@ -40,7 +40,7 @@ def test_samples_do_not_depend_on_the_ranks_and_a_resume_goes_on() -> None:
     whole = numbers_of(data, 1, None, 7)
     assert data.steps_per_epoch(8) == 4
     assert sorted(number for step in whole[:4] for number in step) == list(range(30))
-    assert numbers_of(data, 3, None, 3) + numbers_of(data, 2, {"step": 3}, 7) == whole
+    assert numbers_of(data, 3, None, 3) + numbers_of(data, 2, {"step": 3, "samples": 30}, 7) == whole
 
 
 def test_pairs_and_mappings_of_tensors_and_numbers_are_samples() -> None:
@@ -86,6 +86,12 @@ def test_samples_of_different_shapes_are_named() -> None:
 
 def test_a_position_of_streamed_data_is_refused() -> None:
     dataset = IndexedDataset(TensorDataset(torch.arange(30.0), torch.zeros(30)))
-    for start in ({"step": -1}, {"step": "1"}, {}, {"step": 1, "epoch": 0}):
+    for start in ({"step": -1, "samples": 30}, {"step": "1", "samples": 30}, {}, {"step": 1, "epoch": 0}):
         with pytest.raises(CheckpointError, match="no place in data in memory"):
             MemoryData(dataset, dataset).loader(0, [1.0], global_batch=1, seed=0, start=start)
+
+
+def test_a_position_in_data_of_another_length_is_refused() -> None:
+    dataset = IndexedDataset(TensorDataset(torch.arange(30.0), torch.zeros(30)))
+    with pytest.raises(CheckpointError, match="has 30 samples, but the checkpoint was written with 31"):
+        MemoryData(dataset, dataset).loader(0, [1.0], global_batch=8, seed=3, start={"step": 1, "samples": 31})

@@ -110,8 +110,8 @@ def test_the_position_is_behind_the_last_step_given_whatever_was_prepared() -> N
         positions = []
         for _ in loader:
             positions.append(loader.position())
-    assert positions == [{"step": 6}, {"step": 7}, {"step": 8}, {"step": 9}]
-    assert loader.position() == {"step": 9}
+    assert positions == [{"step": step, "samples": 25} for step in (6, 7, 8, 9)]
+    assert loader.position() == positions[-1]
 
 
 def test_without_max_steps_there_is_no_end() -> None:

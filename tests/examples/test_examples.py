@@ -83,8 +83,8 @@ def test_the_custom_model_learns_what_it_shall(capsys: pytest.CaptureFixture[str
 
 def test_the_own_dataset_goes_on_where_it_stopped(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = run_here("own_dataset.py", capsys).splitlines()
-    assert first.startswith("at {'step': 60}: ")
-    assert second.startswith("at {'step': 120}: ")
+    assert first.startswith("at step 60: ")
+    assert second.startswith("at step 120: ")
     losses = [float(line.split()[4].rstrip(",")) for line in (first, second)]
     assert losses[1] < losses[0] < 1  # ln 8 = 2.08 by chance
 

@@ -64,6 +64,25 @@ def test_a_broken_run_keeps_what_is_known_from_its_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "loss.png").exists()  # there is no time for it
 
 
+def test_a_run_that_breaks_off_before_it_goes_on_keeps_its_summary(tmp_path: Path) -> None:
+    def resumed() -> RunFolder:
+        return RunFolder(tmp_path, CONFIG, 2, LineReporter(io.StringIO(), 10), 2)
+
+    folder, _ = make_folder(tmp_path)
+    with folder:
+        for step in range(2):
+            folder.write(row(0, step))
+        folder.finish({"steps": 2, "weights_sha256": "ab"}, [None, None])
+    with resumed() as folder:
+        folder.fail()
+    assert read(tmp_path / "summary.json")["weights_sha256"] == "ab"
+    with resumed() as folder:
+        folder.write(row(0, 2))
+        folder.fail()
+    summary = read(tmp_path / "summary.json")
+    assert (summary["steps"], summary["weights_sha256"]) == (3, None)
+
+
 def test_a_row_that_comes_after_the_end_is_dropped(tmp_path: Path) -> None:
     folder, _ = make_folder(tmp_path / "run")
     with folder:

@@ -194,6 +194,13 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer_from_the_start(tmp_path
     assert resumed.run["weights_sha256"] == result.run["weights_sha256"]
 
 
+def test_the_end_of_a_run_with_delayed_gradients_is_said_to_be_one_also_where_it_is_named(tmp_path: Path) -> None:
+    train(make_config("algorithm=single", *DIGITS, "cluster.staleness_bound=2", steps=6), 1, tmp_path)
+    (note,) = find_resume_point(str(tmp_path / "checkpoints" / "step_00000006"), None, {}).notes
+    assert "no gradient waits in it" in note
+    assert not find_resume_point(str(tmp_path / "checkpoints" / "step_00000004"), None, {}).notes
+
+
 def test_a_checkpoint_of_the_shorter_run_never_stands_in_for_one_of_the_longer(tmp_path: Path) -> None:
     constant = ("algorithm=single", *DIGITS, "cluster.staleness_bound=2", "lr_schedule.kind=constant")
     train(make_config(*constant, steps=12), 1, tmp_path)

@@ -173,7 +173,8 @@ def sampled_steps(
         indices = sampler.rank_indices(step, rank)
         parts = max(1, min(micro_batches, len(indices)))
         pieces = torch.split(indices, split_by_shares(len(indices), [1.0] * parts))
-        yield [Batch(*dataset.batch(piece), planned_count=planned) for piece in pieces], {"step": step + 1}
+        place: JsonObject = {"step": step + 1, "samples": len(dataset)}
+        yield [Batch(*dataset.batch(piece), planned_count=planned) for piece in pieces], place
 
 
 def eval_batches(dataset: Dataset, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

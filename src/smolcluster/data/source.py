@@ -117,12 +117,17 @@ class MemoryData:
         max_steps: int | None = None,
     ) -> BatchLoader:
         """See TrainingData."""
-        position: JsonObject = {"step": 0} if start is None else start
-        step = position.get("step")
-        if set(position) != {"step"} or not isinstance(step, int) or step < 0:
+        position: JsonObject = {"step": 0, "samples": len(self.train)} if start is None else start
+        step, samples = position.get("step"), position.get("samples")
+        if set(position) != {"step", "samples"} or not isinstance(step, int) or step < 0:
             raise CheckpointError(
                 f"the checkpoint's data position {position} is no place in data in memory. Resume with the "
                 "data.dataset and data.streaming of the run that wrote it"
+            )
+        if samples != len(self.train):
+            raise CheckpointError(
+                f"dataset {self.train.name} has {len(self.train)} samples, but the checkpoint was written with "
+                f"{samples}. Resume with the same data"
             )
         sampler = Sampler(len(self.train), global_batch, seed, weights)
         steps = sampled_steps(self.train, sampler, rank, micro_batches, step, max_steps)

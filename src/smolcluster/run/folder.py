@@ -79,6 +79,7 @@ class RunFolder:
         self._curves = LossCurves()
         self._last: JsonObject = {}
         self._samples = 0
+        self._went_on = resume_step is None  # else with the first row
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._closed = False
@@ -132,6 +133,7 @@ class RunFolder:
             if self._closed:
                 return  # a late row of a rank that was slow to hear of the end
             self._metrics.write(row)
+            self._went_on = True
             self._note_row(row)
             if self._wandb is not None:
                 self._wandb.write(row)
@@ -169,6 +171,8 @@ class RunFolder:
 
     def fail(self, lost_ranks: Sequence[int] = (), *, has_time: bool = True) -> JsonObject:
         """The same for a run that broke off: with what is known from the rows.
+
+        A run that was to go on and broke off before it did keeps the summary that it has.
 
         Args:
             lost_ranks: who is gone.
@@ -219,7 +223,8 @@ class RunFolder:
         summary = build_summary(run, ranks)
         if self._wandb is not None:
             self._wandb.finish(summary, exit_code=exit_code)
-        write_summary(self.path / "summary.json", summary)
+        if self._went_on or not is_failure:
+            write_summary(self.path / "summary.json", summary)
         count = f"{self._world_size} ranks" if self._world_size > 1 else "one process"
         if not draw:
             return summary

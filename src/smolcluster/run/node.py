@@ -205,7 +205,9 @@ class _NodeRun:
                 try:
                     return self._train_connected(parts, world, comm, folder)
                 except Exception as error:
-                    logger.exception("rank failed rank=%d", self._rank)
+                    # Only rank 0 has a log. Elsewhere this goes to the terminal: there a traceback is for our mistakes.
+                    if folder is not None or not isinstance(error, SmolError):
+                        logger.exception("rank failed rank=%d", self._rank)
                     comm.abort(error if isinstance(error, SmolError) else ClusterError(_message(self._rank, error)))
                     lost = list(world.lost) if world is not None else []
                     if world is not None:

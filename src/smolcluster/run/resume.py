@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,15 @@ def find_resume_point(what: str, out: Path | None, wanted: Mapping[str, str]) ->
         if not path.exists():
             raise CheckpointError(f"--resume {path}: there is no such folder. Name a run folder or a checkpoint")
         if (path / "index.json").exists() or path.name.startswith("step_"):
-            return _point(path, path.parent)
+            point = _point(path, path.parent)
+            return replace(point, notes=(_drained_note(path),)) if point.meta.progress.is_drained else point
         return _newest(path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path)
     if out is not None:
         if not (out / CHECKPOINTS).is_dir():
-            raise CheckpointError(f"--resume latest: {out} has no checkpoints. Leave out --resume to start there")
+            raise CheckpointError(
+                f"--resume latest: {out} has no checkpoints. To begin anew, leave out --resume and give --out a folder "
+                "that holds no run"
+            )
         return _newest(out / CHECKPOINTS)
     for run in _runs_by_age():
         if not _is_like(run, wanted):
@@ -176,13 +180,17 @@ def _newest(checkpoints: Path) -> ResumePoint:
     if point.meta.progress.is_drained:
         before = _before_draining(point, checkpoints)
         if before is None:
-            notes.append(
-                f"{path.name} is the end of a run with staleness_bound > 0: no gradient waits in it, so what follows "
-                "differs a little from a run that was longer from the start"
-            )
+            notes.append(_drained_note(path))
         else:
             point = before
     return ResumePoint(point.checkpoint, point.run, point.step, point.meta, tuple(notes))
+
+
+def _drained_note(path: Path) -> str:
+    return (
+        f"{path.name} is the end of a run with staleness_bound > 0: no gradient waits in it, so what follows differs a "
+        "little from a run that was longer from the start"
+    )
 
 
 def _before_draining(point: ResumePoint, checkpoints: Path) -> ResumePoint | None:
