@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -49,3 +53,19 @@ def test_memory_that_cannot_be_had_is_known_from_other_errors(numbers: int) -> N
     with pytest.raises(RuntimeError) as caught:
         torch.zeros(2) @ torch.zeros(3)
     assert not is_out_of_memory(caught.value)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps large blocks")
+def test_large_tensors_leave_the_process_when_they_are_freed() -> None:
+    """In a process of its own: the setting cannot be taken back."""
+    program = """
+import psutil, torch
+from smolcluster.device import give_memory_back
+torch.ones(2**22)  # 16 MiB, freed at once: from now on glibc keeps blocks up to that size
+assert give_memory_back()
+blocks = [torch.ones(2**21) for _ in range(16)]  # 8 MiB each
+held = psutil.Process().memory_info().rss
+del blocks[:-1]  # the last one lies above them
+assert held - psutil.Process().memory_info().rss > 100 * 2**20
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -16,7 +16,7 @@ from smolcluster.collectives.base import Communicator
 from smolcluster.config.schema import Config, resolved_batch_size, resolved_staleness_bound, total_steps
 from smolcluster.data.loader import BatchLoader, eval_batches
 from smolcluster.data.source import TrainingData, open_data
-from smolcluster.device import is_out_of_memory, prepare_process, resolve_device
+from smolcluster.device import give_memory_back, is_out_of_memory, prepare_process, resolve_device
 from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.build import build_model
@@ -96,6 +96,8 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     """
     check_supported(config, len(names))
     prepare_process()
+    if config.data.streaming:
+        give_memory_back()  # whoever streams has little memory: a steady peak before speed
     device = resolve_device(config.training.device, local_rank)
     data = open_data(
         config.data.dataset,
