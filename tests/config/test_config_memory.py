@@ -11,9 +11,14 @@ import torch
 
 from smolcluster.config import memory
 from smolcluster.config.load import check_file, load_config
-from smolcluster.config.memory import GIB, MemoryEstimate, estimate_memory, parameter_count
+from smolcluster.config.memory import GIB, MemoryEstimate, estimate_memory, model_sizes
 from smolcluster.config.schema import Config
 from smolcluster.models.build import build_model
+
+
+def parameter_count(found: Config) -> int | None:
+    sizes = model_sizes(found)
+    return None if sizes is None else sizes.parameters
 
 
 def config(model: dict[str, Any], **sections: Any) -> Config:

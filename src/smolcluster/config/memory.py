@@ -142,12 +142,6 @@ def estimate_memory(config: Config, world_size: int, *, is_server: bool = False)
     return MemoryEstimate(weights, gradients, optimizer, _activation_bytes(config, sizes, world_size))
 
 
-def parameter_count(config: Config) -> int | None:
-    """Parameters of the whole model, tied ones once; None where the configuration does not say."""
-    sizes = model_sizes(config)
-    return sizes.parameters if sizes is not None else None
-
-
 def model_sizes(config: Config) -> ModelSizes | None:
     """The sizes of the configured model; None for the user's own, and for what is neither here nor known."""
     model = config.model
