@@ -26,7 +26,7 @@ LATER = frozenset(
     [f"model.{key}" for key in ("num_experts", "top_k", "capacity_factor", "aux_loss_weight")]
     + [f"training.{key}" for key in ("schedule", "activation_checkpointing", "polyak_alpha")]
     + [f"cluster.{key}" for key in ("fsdp_stage", "worker_update_interval", "timeout", "min_ranks")]
-    + [f"cluster.{key}" for key in ("layer_distribution", "use_quantization", "shared_memory", "tls", "num_nodes")]
+    + [f"cluster.{key}" for key in ("layer_distribution", "num_nodes")]
     + ["cluster.web_interface", "cluster.ssh", "serving"]
 )
 

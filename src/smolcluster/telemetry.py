@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,6 +87,7 @@ class Telemetry:
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self._counters: dict[str, float] = {}
         self._asked: dict[str, float] = {}  # the counters' values when `increase` was called last
+        self._sources: list[Callable[[], None]] = []
         self.step = 0
         self.trace: TraceRecorder | None = None
 
@@ -95,18 +96,34 @@ class Telemetry:
         with self._lock:
             self._counters[name] = self._counters.get(name, 0.0) + amount
 
+    def add_source(self, count: Callable[[], None]) -> None:
+        """Call `count()` before a counter is read: it counts what happens too often to be counted each time."""
+        self._sources.append(count)
+
+    def remove_source(self, count: Callable[[], None]) -> None:
+        """Call it a last time, and never again."""
+        if count in self._sources:
+            self._sources.remove(count)
+            count()
+
     def counter(self, name: str) -> float:
         """The counter's value since the start, 0.0 if it was never written."""
+        self._ask_sources()
         with self._lock:
             return self._counters.get(name, 0.0)
 
     def increase(self, name: str) -> float:
         """By how much the counter has grown since the last such call, the first time since the start."""
+        self._ask_sources()
         with self._lock:
             value = self._counters.get(name, 0.0)
             before = self._asked.get(name, 0.0)
             self._asked[name] = value
             return value - before
+
+    def _ask_sources(self) -> None:
+        for count in list(self._sources):
+            count()
 
     def record(
         self,

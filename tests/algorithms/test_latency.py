@@ -10,7 +10,7 @@ from algorithms.equality import Case, Outcome, _outcome, check_equal, make_class
 from collectives.contract import run_group
 from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.groups import inproc_group
-from smolcluster.collectives.tcp import Plan
+from smolcluster.collectives.plan import Plan
 from smolcluster.models.weights import tensors_sha256
 from smolcluster.transport.base import Channel, Hello
 from smolcluster.transport.inproc import FaultPlan, FaultyChannel, Hook

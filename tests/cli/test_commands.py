@@ -36,8 +36,8 @@ def run(*arguments: str) -> int:
         (["train", "--config", "no-such-file.yaml"], "no-such-file.yaml"),
         (["train", "--no-such-option"], "See smolcluster train --help"),
         (
-            ["train", "--override", "cluster.tls=true", "--algorithm", "classicdp"],
-            "cluster.tls comes in a later release",
+            ["train", "--override", "cluster.tls=true", "--backend", "gloo", "--algorithm", "classicdp"],
+            "cluster.tls is of backend tcp; gloo does not encrypt",
         ),
         (["train", "--override", "cluster.min_ranks=1", "--local", "2", "--algorithm", "classicdp"], "min_ranks"),
         (

@@ -38,6 +38,12 @@ class FakeWorld:
     def report_lost(self, rank: int, reason: str) -> None:
         self.reported.append((rank, reason))
 
+    def note_sleep(self, until: float) -> None:
+        self.slept = until
+
+    def note_awake(self, now: float) -> None:
+        pass
+
 
 @pytest.fixture
 def resting() -> Any:

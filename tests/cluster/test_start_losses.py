@@ -21,7 +21,7 @@ TIMEOUT = 20.0
 
 @pytest.mark.parametrize("ending", ["dies", "freezes"])
 def test_a_rank_lost_between_view_and_links_is_named_by_all_within_the_patience(ending: str) -> None:
-    listeners = [tcp.listen("127.0.0.1", 0, token=TOKEN, run_id="start") for _ in range(3)]
+    listeners = [tcp.listen("127.0.0.1", 0, token=TOKEN, run_id="start", rank=rank) for rank in range(3)]
     found: dict[int, World | SmolError] = {}
     ended: dict[int, float] = {}
 

@@ -37,7 +37,8 @@ class Meeting:
 
     def listen(self, rank: int) -> Listener:
         if self.kind == "tcp":
-            return tcp.listen("127.0.0.1", 0, token=TOKEN, run_id=RUN, options=TcpOptions(patience=self.patience))
+            options = TcpOptions(patience=self.patience)
+            return tcp.listen("127.0.0.1", 0, token=TOKEN, run_id=RUN, rank=rank, options=options)
         self._names += 1
         return self._inproc.listen(f"rank{rank}-{self._names}", rank)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from smolcluster.collectives.base import ReduceOp
 from smolcluster.collectives.codec import Bf16Codec
 from smolcluster.collectives.groups import inproc_group
-from smolcluster.collectives.tcp import Plan, TcpCommunicator
+from smolcluster.collectives.plan import Plan
+from smolcluster.collectives.tcp import TcpCommunicator
 
 DEVICE = "fakedevice"
 

@@ -243,6 +243,43 @@ def test_with_a_codec_a_gradient_that_is_not_finite_is_reported_before_it_is_enc
     assert LocalGroup(2).run(step) == [1, 1]
 
 
+@pytest.mark.parametrize("sets", [1, 3])
+def test_with_int8_sums_and_residuals_add_up_to_the_gradients_whichever_set_carried_them(sets: int) -> None:
+    def steps(comm: LocalCommunicator) -> tuple[list[Tensor], list[Tensor]]:
+        params = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (5,), (4,))]
+        buckets = GradientBuckets(params, comm, codec=codec_for("int8"), sets=sets, bucket_bytes=30)
+        under_way, totals = [], [torch.zeros_like(param) for param in params]
+        for number in range(9 + sets - 1):
+            if number < 9:
+                buckets.begin(number, count=1, samples=1)
+                buckets.arm(torch.tensor(0.0))
+                factors = [torch.linspace(-1, 1 + comm.rank, param.numel()).view(param.shape) for param in params]
+                torch.stack([(param * f).sum() for param, f in zip(params, factors, strict=True)]).sum().backward()
+                under_way.append(buckets.flush())
+            if number >= sets - 1:
+                gradients = under_way.pop(0)
+                gradients.wait()
+                gradients.install()
+                for total, param in zip(totals, params, strict=True):
+                    assert param.grad is not None
+                    total += param.grad
+                    param.grad = None
+        assert [residual.shape for residual in buckets.residuals] == [param.shape for param in params]
+        return totals, buckets.residuals
+
+    ranks = LocalGroup(2).run(steps)
+    for index, total in enumerate(ranks[0][0]):
+        exact = 9 * sum(torch.linspace(-1, 1 + rank, total.numel()).view(total.shape) for rank in range(2))
+        lost = ranks[0][1][index] + ranks[1][1][index]
+        torch.testing.assert_close(total + lost, exact, rtol=0, atol=1e-5)  # float32, 9 sums of up to 3
+        assert bool(lost.any())
+
+
+def test_only_int8_among_several_ranks_keeps_what_it_has_lost() -> None:
+    assert GradientBuckets(params_of(3), LocalGroup(1).communicators[0], codec=codec_for("int8")).residuals == []
+    assert GradientBuckets(params_of(3), LocalGroup(2).communicators[0], codec=codec_for("bf16")).residuals == []
+
+
 def test_steps_under_way_at_once_have_buckets_of_their_own() -> None:
     def steps(comm: LocalCommunicator) -> list[list[float]]:
         params = params_of(2)

@@ -1,4 +1,4 @@
-"""bf16 and fp16 on the wire: exact values, rounding, range, and the bytes themselves."""
+"""bf16 and fp16 on the wire: exact values, rounding, range, and the bytes themselves. int8: test_int8.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolcluster.collectives.base import Codec
-from smolcluster.collectives.codec import Bf16Codec, Fp16Codec, codec_for
+from smolcluster.collectives.codec import Bf16Codec, Fp16Codec, Int8Codec, codec_for
 from smolcluster.errors import ConfigError
 
 CODECS: list[Codec] = [Bf16Codec(), Fp16Codec()]
@@ -118,9 +118,9 @@ def test_the_input_is_left_alone_and_parameters_can_be_encoded(codec: Codec) -> 
     assert torch.equal(parameter.detach(), before)
 
 
-@codecs
+@pytest.mark.parametrize("codec", [*CODECS, Int8Codec()], ids=lambda codec: codec.name)
 def test_arguments_that_do_not_fit_raise_value_error(codec: Codec) -> None:
-    good, out = torch.ones(4), torch.empty(8, dtype=torch.uint8)
+    good, out = torch.ones(4), torch.empty(8, dtype=torch.uint8)  # 8 bytes for int8 as well
     for tensor, data in (
         (torch.ones(4, dtype=torch.int64), out),
         (torch.ones(2, 2), out),
@@ -138,10 +138,11 @@ def test_codec_for_knows_the_names_of_the_configuration() -> None:
     assert codec_for("none") is None
     assert isinstance(codec_for("bf16"), Bf16Codec)
     assert isinstance(codec_for("fp16"), Fp16Codec)
-    assert [codec.name for codec in CODECS] == ["bf16", "fp16"]
+    assert isinstance(codec_for("int8"), Int8Codec)
+    assert [codec.name for codec in [*CODECS, Int8Codec()]] == ["bf16", "fp16", "int8"]
 
 
-@pytest.mark.parametrize(("name", "says"), [("int8", "later release"), ("zip", "none, bf16, fp16"), ("", "none")])
+@pytest.mark.parametrize(("name", "says"), [("zip", "none, bf16, fp16, int8"), ("", "none")])
 def test_codec_for_refuses_other_names_and_says_what_to_use(name: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         codec_for(name)

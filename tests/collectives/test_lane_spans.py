@@ -7,7 +7,7 @@ import torch
 from collectives.contract import run_group
 from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.groups import inproc_group
-from smolcluster.collectives.tcp import Plan
+from smolcluster.collectives.plan import Plan
 from smolcluster.telemetry import TraceEvent, TraceRecorder
 from smolcluster.transport.frame import PRELUDE_BYTES
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from smolcluster.collectives import mesh, ring
 from smolcluster.collectives.base import Codec, ReduceOp
-from smolcluster.collectives.codec import Bf16Codec, Fp16Codec
-from smolcluster.collectives.wire import Arrival, Steps
+from smolcluster.collectives.codec import Bf16Codec, Fp16Codec, Int8Codec
+from smolcluster.collectives.wire import Arrival, Steps, combine
 
 SIZES = [1, 2, 3, 4, 5]
 COUNTS = [0, 1, 2, 7, 60, 1001]
@@ -38,9 +38,9 @@ class FakeWire:
         self.sent_bytes += data.nbytes
         self._queues[(self.rank, dst)].append(data)
 
-    def expect(self, src: int, into: Tensor | None) -> Arrival:
+    def expect(self, src: int, into: Tensor | None, op: ReduceOp | None = None) -> Arrival:
         assert src != self.rank
-        return Arrival(src, into, 0)
+        return Arrival(src, into, 0, op)
 
 
 class Run:
@@ -73,7 +73,10 @@ class Run:
             arrival.into = data.clone()
         else:
             assert arrival.into.shape == data.shape
-            arrival.into.copy_(data)
+            if arrival.op is None:
+                arrival.into.copy_(data)
+            else:
+                combine(arrival.into, data, arrival.op)
 
 
 def inputs(world_size: int, count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -109,6 +112,9 @@ ALGORITHMS: dict[str, Callable[[FakeWire, Tensor, ReduceOp], Steps]] = {
     "ring": lambda wire, t, op: ring.ring_all_reduce(wire, chunks_of(t, wire.world_size), op),
     "one round": mesh.one_round_all_reduce,
     "mesh bf16": lambda wire, t, op: mesh.mesh_all_reduce(wire, chunks_of(t, wire.world_size), op, Bf16Codec()),
+    "mesh int8 with feedback": lambda wire, t, op: mesh.feedback_all_reduce(
+        wire, chunks_of(t, wire.world_size), chunks_of(t / 99, wire.world_size), op, Int8Codec()
+    ),
 }
 
 
@@ -300,7 +306,10 @@ def test_each_rank_sends_the_bytes_and_waits_the_hops_that_the_docstring_says(na
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_rank_alone_sends_nothing(algorithm: str) -> None:
     (tensor,) = inputs(1, 11)
-    expected = through(Bf16Codec(), tensor) if algorithm == "mesh bf16" else tensor.clone()
+    expected = {
+        "mesh bf16": through(Bf16Codec(), tensor),
+        "mesh int8 with feedback": through(Int8Codec(), tensor + tensor / 99),
+    }.get(algorithm, tensor.clone())
     run = Run(1, lambda wire: ALGORITHMS[algorithm](wire, tensor, ReduceOp.AVG))
     assert torch.equal(tensor, expected)
     assert run.wires[0].sent_bytes == 0

@@ -27,7 +27,8 @@ from smolcluster.collectives import progress
 from smolcluster.collectives.base import ReduceOp
 from smolcluster.collectives.codec import Bf16Codec, Fp16Codec
 from smolcluster.collectives.groups import inproc_group, tcp_group
-from smolcluster.collectives.tcp import Plan, TcpCommunicator
+from smolcluster.collectives.plan import Plan
+from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.errors import (
     AuthFailed,
     CollectiveMismatch,
@@ -354,9 +355,9 @@ def test_a_frame_that_nobody_expects_yet_costs_no_processor_time(monkeypatch: py
     turns = [0]
     turn = progress.ProgressLoop._turn
 
-    def counted(self: progress.ProgressLoop, *args: Any) -> bool:
+    def counted(self: progress.ProgressLoop, *args: Any, **kwargs: Any) -> bool:
         turns[0] += self._thread.name.endswith("rank 1")
-        return turn(self, *args)
+        return turn(self, *args, **kwargs)
 
     monkeypatch.setattr(progress.ProgressLoop, "_turn", counted)
     for hook in (None, slow_and_fragmented(3)):
@@ -573,7 +574,7 @@ CALL = Prelude(KIND_COLLECTIVE, frame.OP_ALL_REDUCE, 1, 1, 0, 1, 0, 0, 1, 3, 12)
 
 
 def packed(prelude: Prelude, dims: tuple[int, ...] = (), **changes: int) -> bytes:
-    return frame.pack(Prelude(**{**{f: getattr(prelude, f) for f in Prelude.__slots__}, **changes}), dims)
+    return frame.pack(Prelude(**{**prelude._asdict(), **changes}), dims)
 
 
 BAD_FRAMES: dict[str, tuple[str, bytes, type[SmolError], str]] = {

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from smolcluster.collectives.base import ReduceOp
-from smolcluster.collectives.codec import Bf16Codec
+from smolcluster.collectives.codec import Bf16Codec, ErrorFeedback, Int8Codec
 from smolcluster.collectives.groups import inproc_group
-from smolcluster.collectives.tcp import Plan, TcpCommunicator
+from smolcluster.collectives.plan import Plan
+from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.errors import SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.transport import security
@@ -35,7 +36,7 @@ BYTES_PER_LINE = 32
 TOKEN = b"correct horse battery staple"
 DIALLER_NONCE = bytes(range(32))
 LISTENER_NONCE = bytes(range(128, 160))
-HELLO = Hello(rank=2, lane="control", run_id="golden")
+HELLO = Hello(rank=2, lane="control", run_id="golden", to=0)
 TRANSCRIPT = Transcript(HELLO, DIALLER_NONCE, LISTENER_NONCE)
 WAIT = 20.0
 
@@ -110,10 +111,10 @@ def main() -> None:
 
 def _handshake() -> dict[str, Example]:
     common: dict[str, Any] = {
-        "token": TOKEN.decode(), "rank": HELLO.rank, "lane": HELLO.lane, "run_id": HELLO.run_id,
+        "token": TOKEN.decode(), "rank": HELLO.rank, "to": HELLO.to, "lane": HELLO.lane, "run_id": HELLO.run_id,
         "dialler_nonce": DIALLER_NONCE.hex(), "listener_nonce": LISTENER_NONCE.hex(),
     }  # fmt: skip
-    refusals = {"version": 1, "token": 2, "run": 3, "taken": 4}
+    refusals = {"version": 1, "token": 2, "run": 3, "taken": 4, "rank": 7}
     found = {
         "handshake_1_hello": Example(
             "HELLO, dialler to listener", security.pack_hello(HELLO, DIALLER_NONCE), common
@@ -132,8 +133,8 @@ def _handshake() -> dict[str, Example]:
         ),
         "handshake_hello_utf8": Example(
             "HELLO with a lane that is not ASCII; lengths count bytes",
-            security.pack_hello(Hello(0, "p2p:größer", ""), DIALLER_NONCE),
-            {"rank": 0, "lane": "p2p:größer", "run_id": "", "dialler_nonce": DIALLER_NONCE.hex()},
+            security.pack_hello(Hello(258, "p2p:größer", "", 257), DIALLER_NONCE),
+            {"rank": 258, "to": 257, "lane": "p2p:größer", "run_id": "", "dialler_nonce": DIALLER_NONCE.hex()},
         ),
     }  # fmt: skip
     for name, reason in refusals.items():
@@ -191,6 +192,12 @@ def _collectives() -> dict[str, Example]:
             "all_reduce maximum of 6 float32 by 2 ranks with codec bf16: rank 0 sends its chunk 1, then the result's "
             "chunk 0",
             2, (0, 1), Plan(), lambda comm: comm.all_reduce(own(comm), ReduceOp.MAX, Bf16Codec()).wait(WAIT),
+        ),
+        "all_reduce_int8": (
+            "all_reduce sum of 6 float32 by 2 ranks with codec int8 and nothing left from earlier calls: rank 0 sends "
+            "its chunk 1, then the result's chunk 0. Here 0.2 is added to each input, so that no number is halfway",
+            2, (0, 1), Plan(),
+            lambda comm: comm.all_reduce(own(comm) + 0.2, codec=ErrorFeedback(Int8Codec(), torch.zeros(6))).wait(WAIT),
         ),
         "reduce_scatter": (
             "reduce_scatter sum of 6 float32 by 3 ranks: the 2 frames of rank 0 to rank 1",

@@ -166,8 +166,8 @@ def test_golden_frames_are_whole_frames(name: str) -> None:
         prelude = unpack(data[:PRELUDE_BYTES])
         data = data[PRELUDE_BYTES + 8 * prelude.ndim + prelude.nbytes :]
         frames += 1
-    assert frames == {"bulk_all_reduce_ring": 4, "bulk_all_reduce_bf16": 2, "bulk_reduce_scatter": 2,
-                      "bulk_all_gather": 2}.get(name, 1)  # fmt: skip
+    assert frames == {"bulk_all_reduce_ring": 4, "bulk_all_reduce_bf16": 2, "bulk_all_reduce_int8": 2,
+                      "bulk_reduce_scatter": 2, "bulk_all_gather": 2}.get(name, 1)  # fmt: skip
 
 
 def test_the_files_are_plain_hex_with_unix_line_ends() -> None:

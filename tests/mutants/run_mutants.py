@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSICDP_TESTS = ("tests/algorithms/test_classicdp.py",)
+INT8_TESTS = ("tests/collectives/test_int8.py",)
 SINGLE_TESTS = ("tests/algorithms/test_single.py",)
 
 
@@ -47,11 +48,11 @@ MUTANTS = (
     Mutant(
         "one bucket skipped",
         "collectives/bucket.py",
-        "            self._issue(flat, self._codec)\n",
+        "            self._issue(flat, codec)\n",
         "            if len(self._pending) == 1:\n"
-        "                self._issue(flat.clone(), self._codec)  # the sum goes nowhere\n"
+        "                self._issue(flat.clone(), codec)  # the sum goes nowhere\n"
         "                continue\n"
-        "            self._issue(flat, self._codec)\n",
+        "            self._issue(flat, codec)\n",
     ),
     Mutant(
         "clip before reduce",
@@ -90,6 +91,34 @@ MUTANTS = (
         "data/sampler.py",
         "return indices[start : start + counts[rank]]",
         "return indices",
+    ),
+    Mutant(
+        "int8: contributions forget what they lost",
+        "collectives/mesh.py",
+        "codec.encode_with_feedback(chunks[dst], residuals[dst], contribution)",
+        "codec.encode(chunks[dst], contribution)",
+        INT8_TESTS,
+    ),
+    Mutant(
+        "int8: sums forget what they lost",
+        "collectives/mesh.py",
+        "    codec.encode_with_feedback(total, residual, out)\n",
+        "    codec.encode(total, out)\n",
+        INT8_TESTS,
+    ),
+    Mutant(
+        "int8: the owner keeps the sum that it did not send",
+        "collectives/mesh.py",
+        "for src, part in {**parts, wire.rank: own}.items():",
+        "for src, part in parts.items():",
+        INT8_TESTS,
+    ),
+    Mutant(
+        "int8: a resumed run begins without residuals",
+        "algorithms/classicdp.py",
+        "        load_residuals(reader, self._buckets.residuals, names, comm.rank, comm.world_size)\n",
+        "",
+        ("tests/run/test_resume.py",),
     ),
     Mutant(
         "single: K off by one",

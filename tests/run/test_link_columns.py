@@ -88,7 +88,8 @@ def test_without_track_network_metrics_there_are_none_and_nobody_pings(monkeypat
 def test_the_buffers_reach_both_sides() -> None:
     sizes, token = [128 << 10, 256 << 10], b"a token for this test only"
     listeners = [
-        listen("127.0.0.1", 0, token=token, run_id="run", options=TcpOptions(buffer_bytes=nbytes)) for nbytes in sizes
+        listen("127.0.0.1", 0, token=token, run_id="run", rank=rank, options=TcpOptions(buffer_bytes=nbytes))
+        for rank, nbytes in enumerate(sizes)
     ]
 
     def join(rank: int) -> Communicator:

@@ -28,11 +28,14 @@ import time
 from typing import Any
 
 MAGIC = b"SMOL"
-VERSION = 1
+VERSION = 2
 HELLO, CHALLENGE, PROOF, ACCEPT, REFUSED = 1, 2, 3, 4, 5
-REASONS = {1: "protocol version", 2: "token", 3: "run id", 4: "this rank's lane is connected already"}
-WRONG_VERSION, WRONG_TOKEN, WRONG_RUN, CONNECTED_ALREADY = 1, 2, 3, 4
-HELLO_HEAD = struct.Struct(">4sHBBB3si32s")
+REASONS = {
+    1: "protocol version", 2: "token", 3: "run id", 4: "this rank's lane is connected already",
+    7: "another rank was dialled",
+}  # fmt: skip
+WRONG_VERSION, WRONG_TOKEN, WRONG_RUN, CONNECTED_ALREADY, WRONG_RANK = 1, 2, 3, 4, 7
+HELLO_HEAD = struct.Struct(">4sHBBBBHi32s")
 REPLY = struct.Struct(">4sHBB32s")
 HANDSHAKE_SECONDS = 5.0
 JOIN_SECONDS = 20.0
@@ -92,8 +95,11 @@ def read_exact(sock: socket.socket, size: int, seconds: float | None = None) -> 
 # ---- handshake ------------------------------------------------------------------------------------------------------
 
 
-def make_mac(token: bytes, role: bytes, nonces: tuple[bytes, bytes], rank: int, lane: bytes, run_id: bytes) -> bytes:
-    text = bytes([len(role)]) + role + struct.pack(">H", VERSION) + nonces[0] + nonces[1] + struct.pack(">i", rank)
+def make_mac(
+    token: bytes, role: bytes, nonces: tuple[bytes, bytes], ranks: tuple[int, int], lane: bytes, run_id: bytes
+) -> bytes:
+    """`ranks`: the dialler's and the one that was dialled."""
+    text = bytes([len(role)]) + role + struct.pack(">H", VERSION) + nonces[0] + nonces[1] + struct.pack(">iH", *ranks)
     text += bytes([len(lane), len(run_id)]) + lane + run_id + bytes(32)  # zeros: no TLS
     return hmac.new(token, text, hashlib.sha256).digest()
 
@@ -116,19 +122,19 @@ def dial_once(address: tuple[str, int], token: bytes, lane: str, run_id: str, ra
     try:
         deadline = time.monotonic() + HANDSHAKE_SECONDS
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        names = (lane.encode(), run_id.encode())
+        names, ranks = (lane.encode(), run_id.encode()), (rank, 0)  # this peer dials the leader only
         mine = secrets.token_bytes(32)
-        head = HELLO_HEAD.pack(MAGIC, VERSION, HELLO, len(names[0]), len(names[1]), bytes(3), rank, mine)
+        head = HELLO_HEAD.pack(MAGIC, VERSION, HELLO, len(names[0]), len(names[1]), 0, 0, rank, mine)
         sock.sendall(head + names[0] + names[1])
         nonces = (mine, read_reply(sock, CHALLENGE, deadline))
-        sock.sendall(REPLY.pack(MAGIC, VERSION, PROOF, 0, make_mac(token, b"dialler", nonces, rank, *names)))
+        sock.sendall(REPLY.pack(MAGIC, VERSION, PROOF, 0, make_mac(token, b"dialler", nonces, ranks, *names)))
         theirs = read_reply(sock, ACCEPT, deadline)
-        check(hmac.compare_digest(theirs, make_mac(token, b"listener", nonces, rank, *names)), "ACCEPT: wrong MAC")
+        check(hmac.compare_digest(theirs, make_mac(token, b"listener", nonces, ranks, *names)), "ACCEPT: wrong MAC")
     except BaseException:
         sock.close()
         raise
     sock.settimeout(None)
-    return sock, make_mac(token, b"session", nonces, rank, *names)
+    return sock, make_mac(token, b"session", nonces, ranks, *names)
 
 
 def dial(address: tuple[str, int], token: bytes, lane: str, run_id: str, rank: int) -> tuple[socket.socket, bytes]:
@@ -160,11 +166,11 @@ def answer(sock: socket.socket, token: bytes, run_id: str, taken: set[tuple[int,
         return RefusedError(reason, REASONS[reason])
 
     raw = read_exact(sock, HELLO_HEAD.size, deadline - time.monotonic())
-    magic, version, kind, lane_size, run_size, zero, rank, theirs = HELLO_HEAD.unpack(raw)
+    magic, version, kind, lane_size, run_size, zero, to, rank, theirs = HELLO_HEAD.unpack(raw)
     check(magic == MAGIC and kind == HELLO, "HELLO: not a handshake")
     if version != VERSION:
         raise refuse(WRONG_VERSION)
-    check(lane_size <= 64 and run_size <= 64 and zero == bytes(3), "HELLO: malformed")
+    check(lane_size <= 64 and run_size <= 64 and zero == 0, "HELLO: malformed")
     lane = read_exact(sock, lane_size, deadline - time.monotonic())
     run = read_exact(sock, run_size, deadline - time.monotonic())
     if run != run_id.encode():
@@ -172,13 +178,15 @@ def answer(sock: socket.socket, token: bytes, run_id: str, taken: set[tuple[int,
     nonces = (theirs, secrets.token_bytes(32))
     sock.sendall(REPLY.pack(MAGIC, VERSION, CHALLENGE, 0, nonces[1]))
     proof = read_reply(sock, PROOF, deadline)
-    if not hmac.compare_digest(proof, make_mac(token, b"dialler", nonces, rank, lane, run)):
+    if not hmac.compare_digest(proof, make_mac(token, b"dialler", nonces, (rank, to), lane, run)):
         raise refuse(WRONG_TOKEN)
+    if to != 0:
+        raise refuse(WRONG_RANK)
     if (rank, lane.decode()) in taken:
         raise refuse(CONNECTED_ALREADY)
-    sock.sendall(REPLY.pack(MAGIC, VERSION, ACCEPT, 0, make_mac(token, b"listener", nonces, rank, lane, run)))
+    sock.sendall(REPLY.pack(MAGIC, VERSION, ACCEPT, 0, make_mac(token, b"listener", nonces, (rank, to), lane, run)))
     sock.settimeout(None)
-    return rank, lane.decode(), make_mac(token, b"session", nonces, rank, lane, run)
+    return rank, lane.decode(), make_mac(token, b"session", nonces, (rank, to), lane, run)
 
 
 # ---- the control lane -----------------------------------------------------------------------------------------------

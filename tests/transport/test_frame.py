@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +46,7 @@ def test_a_prelude_survives_the_wire(prelude: Prelude, dims: list[int]) -> None:
     packed = frame.pack(prelude, tuple(dims))
 
     assert len(packed) == PRELUDE_BYTES + 8 * len(dims)
-    assert frame.unpack(packed[:PRELUDE_BYTES]) == replace(prelude, ndim=len(dims))
+    assert frame.unpack(packed[:PRELUDE_BYTES]) == prelude._replace(ndim=len(dims))
     assert struct.unpack(f"!{len(dims)}Q", packed[PRELUDE_BYTES:]) == tuple(dims)
 
 
@@ -85,10 +84,10 @@ def test_every_value_that_the_protocol_does_not_know_is_refused(good: Prelude, o
 @pytest.mark.parametrize(
     "strange",
     [
-        replace(MESSAGE, operation=frame.OP_ALL_REDUCE),
-        replace(MESSAGE, reduce=1),
-        replace(MESSAGE, codec=1),
-        replace(COLLECTIVE, operation=frame.OP_NONE),
+        MESSAGE._replace(operation=frame.OP_ALL_REDUCE),
+        MESSAGE._replace(reduce=1),
+        MESSAGE._replace(codec=1),
+        COLLECTIVE._replace(operation=frame.OP_NONE),
     ],
     ids=["a message with an operation", "a message that is reduced", "an encoded message", "a collective without"],
 )
@@ -118,7 +117,7 @@ def test_dims_either_become_a_tensor_or_a_frame_error(dims: list[int]) -> None:
     count = math.prod(dims)
     if count * 4 >= 2**64:
         return  # cannot be said in a prelude
-    prelude = replace(MESSAGE, count=count, nbytes=count * 4, ndim=len(dims))
+    prelude = MESSAGE._replace(count=count, nbytes=count * 4, ndim=len(dims))
     try:
         shape = frame.unpack_dims(struct.pack(f"!{len(dims)}Q", *dims), prelude, 1 << 20)
     except FrameError:
@@ -140,7 +139,7 @@ def test_dims_either_become_a_tensor_or_a_frame_error(dims: list[int]) -> None:
     ],
 )
 def test_dims_count_and_bytes_that_disagree_are_refused(dims: tuple[int, ...], count: int, nbytes: int) -> None:
-    prelude = replace(MESSAGE, count=count, nbytes=nbytes, ndim=len(dims))
+    prelude = MESSAGE._replace(count=count, nbytes=nbytes, ndim=len(dims))
     with pytest.raises(FrameError, match=r"says \d+ elements and \d+ bytes"):
         frame.unpack_dims(struct.pack(f"!{len(dims)}Q", *dims), prelude, LIMIT)
 
@@ -157,7 +156,7 @@ def test_a_tensor_that_is_too_large_is_refused_before_memory_is_asked_for(
 
     monkeypatch.setattr(torch, "empty", no_memory)
     count = math.prod(dims)
-    prelude = replace(MESSAGE, count=count, nbytes=4 * count, ndim=len(dims))
+    prelude = MESSAGE._replace(count=count, nbytes=4 * count, ndim=len(dims))
     with pytest.raises(FrameError):
         frame.unpack_dims(struct.pack(f"!{len(dims)}Q", *dims), prelude, limit)
 
@@ -176,5 +175,5 @@ def test_the_codes_are_those_of_the_protocol_page() -> None:
 
 def test_a_prelude_describes_itself_in_words() -> None:
     assert COLLECTIVE.describe() == "all_reduce sum of 1000 float64 (call 9)"
-    assert replace(COLLECTIVE, codec=1, reduce=2).describe() == "all_reduce avg of 1000 float64 as bf16 (call 9)"
+    assert COLLECTIVE._replace(codec=1, reduce=2).describe() == "all_reduce avg of 1000 float64 as bf16 (call 9)"
     assert MESSAGE.describe() == "message tag=7 float32 x 6"

@@ -17,7 +17,7 @@ from smolcluster.transport.base import Hello
 from smolcluster.transport.security import Refused, Transcript, load_token, save_token
 
 TOKEN = b"correct horse battery staple"
-HELLO = Hello(rank=3, lane="bulk:world", run_id="run-7")
+HELLO = Hello(rank=3, lane="bulk:world", run_id="run-7", to=1)
 NONCE, OTHER_NONCE = bytes(range(32)), bytes(range(32, 64))
 TRANSCRIPT = Transcript(HELLO, NONCE, OTHER_NONCE)
 
@@ -112,25 +112,32 @@ def test_new_tokens_and_nonces_differ() -> None:
     rank=st.integers(-(2**31), 2**31 - 1),
     lane=st.text(max_size=64).filter(lambda text: len(text.encode()) <= 64),
     run_id=st.text(max_size=64).filter(lambda text: len(text.encode()) <= 64),
+    to=st.integers(0, security.MAX_RANK),
     nonce=st.binary(min_size=32, max_size=32),
 )
-def test_a_hello_survives_the_wire(rank: int, lane: str, run_id: str, nonce: bytes) -> None:
-    packed = security.pack_hello(Hello(rank, lane, run_id), nonce)
+def test_a_hello_survives_the_wire(rank: int, lane: str, run_id: str, to: int, nonce: bytes) -> None:
+    packed = security.pack_hello(Hello(rank, lane, run_id, to), nonce)
     fixed, tail = packed[: security.HELLO_BYTES], packed[security.HELLO_BYTES :]
 
     assert security.hello_tail_bytes(fixed) == len(tail)
-    assert security.unpack_hello(fixed, tail) == (Hello(rank, lane, run_id), nonce)
+    assert security.unpack_hello(fixed, tail) == (Hello(rank, lane, run_id, to), nonce)
 
 
 def test_the_layout_is_the_documented_one() -> None:
     assert (security.HELLO_BYTES, security.REPLY_BYTES) == (48, 40)
     packed = security.pack_hello(HELLO, NONCE)
-    assert packed[:8] == b"SMOL\x00\x01\x01\x0a"
-    assert packed[8:16] == b"\x05\x00\x00\x00\x00\x00\x00\x03"
+    assert packed[:8] == b"SMOL\x00\x02\x01\x0a"
+    assert packed[8:16] == b"\x05\x00\x00\x01\x00\x00\x00\x03"
     assert packed[16:48] == NONCE
     assert packed[48:] == b"bulk:worldrun-7"
-    assert security.pack_challenge(NONCE) == b"SMOL\x00\x01\x02\x00" + NONCE
-    assert security.pack_refused(2) == b"SMOL\x00\x01\x05\x02" + bytes(32)
+    assert security.pack_challenge(NONCE) == b"SMOL\x00\x02\x02\x00" + NONCE
+    assert security.pack_refused(2) == b"SMOL\x00\x02\x05\x02" + bytes(32)
+
+
+@pytest.mark.parametrize("to", [-1, security.MAX_RANK + 1])
+def test_a_rank_that_the_field_cannot_hold_is_not_packed(to: int) -> None:
+    with pytest.raises(ValueError, match=f"rank {to} cannot be dialled"):
+        security.pack_hello(replace(HELLO, to=to), NONCE)
 
 
 @pytest.mark.parametrize("hello", [replace(HELLO, lane="é" * 33), replace(HELLO, run_id="x" * 65)])
@@ -143,7 +150,7 @@ def test_names_that_are_too_long_are_not_packed(hello: Hello) -> None:
 def test_a_random_hello_is_refused_and_nothing_else(fixed: bytes, tail: bytes) -> None:
     with pytest.raises((FrameError, Refused)):
         security.hello_tail_bytes(fixed)
-    as_hello = b"SMOL\x00\x01\x01" + fixed[7:]
+    as_hello = b"SMOL\x00\x02\x01" + fixed[7:]
     try:
         count = security.hello_tail_bytes(as_hello)
         security.unpack_hello(as_hello, tail[:count].ljust(count, b"\xff"))
@@ -154,7 +161,7 @@ def test_a_random_hello_is_refused_and_nothing_else(fixed: bytes, tail: bytes) -
 
 @given(st.binary(min_size=40, max_size=40))
 def test_a_random_reply_is_refused_and_nothing_else(reply: bytes) -> None:
-    for candidate in (reply, b"SMOL\x00\x01" + reply[6:], b"SMOL" + reply[4:]):
+    for candidate in (reply, b"SMOL\x00\x02" + reply[6:], b"SMOL" + reply[4:]):
         with pytest.raises((FrameError, AuthFailed)):
             security.check_accept(candidate, "tcp://somewhere:1", bytes(32))
 
@@ -188,7 +195,10 @@ def test_a_listener_cannot_send_the_diallers_own_proof_back() -> None:
         replace(TRANSCRIPT, hello=replace(HELLO, lane="p2p:world")),
         replace(TRANSCRIPT, hello=replace(HELLO, run_id="run-8")),
         # the border between the two names is proved too
-        replace(TRANSCRIPT, hello=Hello(3, "bulk:worldr", "un-7")),
+        replace(TRANSCRIPT, hello=replace(HELLO, lane="bulk:worldr", run_id="un-7")),
+        replace(TRANSCRIPT, hello=replace(HELLO, to=0)),
+        # neither can the two ranks change places
+        replace(TRANSCRIPT, hello=replace(HELLO, rank=1, to=3)),
         replace(TRANSCRIPT, fingerprint=b"\x01" * 32),
     ],
 )
@@ -199,7 +209,7 @@ def test_the_proof_covers_everything_that_was_said(other: Transcript) -> None:
 def test_the_proof_covers_role_token_and_protocol_version(monkeypatch: pytest.MonkeyPatch) -> None:
     proofs = {TRANSCRIPT.proof(TOKEN, role) for role in ("dialler", "listener", "session")}
     proofs.add(TRANSCRIPT.proof(b"another token of 28 letters!", "dialler"))
-    monkeypatch.setattr(security, "PROTOCOL_VERSION", 2)
+    monkeypatch.setattr(security, "PROTOCOL_VERSION", 3)
     proofs.add(TRANSCRIPT.proof(TOKEN, "dialler"))
     assert len(proofs) == 5
 
@@ -211,6 +221,7 @@ def test_the_proof_covers_role_token_and_protocol_version(monkeypatch: pytest.Mo
         (security.REFUSED_TOKEN, "the cluster tokens differ"),
         (security.REFUSED_RUN, "another run"),
         (security.REFUSED_TAKEN, "this rank and lane already"),
+        (security.REFUSED_RANK, "another rank than the one that was dialled"),
         (99, "reason 99"),
     ],
 )
@@ -229,7 +240,7 @@ def test_another_program_on_the_port_is_recognised() -> None:
 
 def test_a_reply_of_another_version_is_a_refusal_even_if_it_is_no_refused() -> None:
     with pytest.raises(Refused, match="another protocol version"):
-        security.unpack_challenge(b"SMOL\x00\x02\x02\x00" + NONCE, "tcp://somewhere:1")
+        security.unpack_challenge(b"SMOL\x00\x01\x02\x00" + NONCE, "tcp://somewhere:1")
 
 
 def test_a_message_out_of_turn_is_refused() -> None:

@@ -29,6 +29,7 @@ from smolcluster.collectives.codec import codec_for
 from smolcluster.data.batch import Batch
 from smolcluster.kinds import Compression, Precision
 from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
+from smolcluster.training.residual import load_residuals, residual_state
 from smolcluster.training.schedule import LrSchedule
 from smolcluster.training.step import (
     SCALER,
@@ -200,22 +201,29 @@ class ClassicDP:
         self._is_stop_requested = True
 
     def state(self) -> dict[str, Shard]:
-        """Rank 0: weights, optimizer, loss scale, and the reduced gradients that wait. All ranks hold the same bits."""
+        """Rank 0: weights, optimizer, loss scale, and the reduced gradients that wait. All ranks hold the same bits.
+
+        Every rank: what its int8 encodings have lost.
+        """
         waiting = [_as_pending(item) for item in self._under_way]
-        if self._comm.rank != 0:
-            return {}
-        shards = model_state(self.model) | optimizer_state(self._optimizer, self._named)
+        names, comm = list(self._named), self._comm
+        residuals = residual_state(self._buckets.residuals, names, comm.rank, comm.world_size)
+        if comm.rank != 0:
+            return residuals
+        shards = residuals | model_state(self.model) | optimizer_state(self._optimizer, self._named)
         if self._scaler is not None:
             shards[SCALER] = self._scaler.state()
-        return shards | pending_state(waiting, list(self._named))
+        return shards | pending_state(waiting, names)
 
     def load_state(self, reader: StateReader) -> None:
         """Go on from a checkpoint; see Strategy."""
         load_model_state(self.model, reader)
         load_optimizer_state(self._optimizer, self._named, reader)
+        names, comm = list(self._named), self._comm
+        load_residuals(reader, self._buckets.residuals, names, comm.rank, comm.world_size)
         if self._scaler is not None:
             self._scaler.load_state(reader)
-        for item in read_pending(reader, self._params, list(self._named)):
+        for item in read_pending(reader, self._params, names):
             sums = StepSums(item.loss_sum, item.count, item.samples, item.nonfinite, stop_votes=0)
             gradients = self._buckets.restore(item.step, item.grads, sums)
             self._under_way.append(_StepUnderWay(gradients, item.planned, item.loss_scale))

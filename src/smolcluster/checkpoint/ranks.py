@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -59,7 +59,12 @@ class _Known(TypedDict):
 
 
 def save_from_all_ranks(
-    comm: Communicator, folder: Path | None, step: int, shards: Mapping[str, Shard], meta: JsonObject
+    comm: Communicator,
+    folder: Path | None,
+    step: int,
+    shards: Mapping[str, Shard],
+    meta: JsonObject,
+    confirm: Callable[[], None] | None = None,
 ) -> None:
     """Write one checkpoint of what all ranks hold. Every rank calls it; blocks until it is on rank 0's disk.
 
@@ -71,6 +76,7 @@ def save_from_all_ranks(
         step: updates so far, the same on all ranks.
         shards: this rank's part, on any device: together every element of every tensor exactly once.
         meta: see `save_checkpoint`; rank 0's counts.
+        confirm: see `save_checkpoint`; called on rank 0.
 
     Raises:
         TrainingStopped: on every rank, if rank 0 could not write.
@@ -90,7 +96,7 @@ def save_from_all_ranks(
         senders = [rank for rank, plan in enumerate(plans) if rank > 0 and plan["shards"]]
         others = _Incoming(comm, senders)
         try:
-            save_checkpoint(folder, step, shards, meta, others)
+            save_checkpoint(folder, step, shards, meta, others, confirm)
         except TrainingStopped as exc:
             failure = str(exc)
         others.dismiss()

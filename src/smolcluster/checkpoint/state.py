@@ -1,7 +1,7 @@
 """What the state of a run is made of: named tensors, whole or in pieces, and how they are read back.
 
 Names are paths: `model/<parameter or buffer>`, `optim/<parameter>/<slot>`, `pending/<number>/<parameter>`,
-`residual/<rank>/<bucket>`, `rng/<rank>`. Small numbers are tensors too (float64 holds every integer up to 2^53).
+`residual/<parameter>`, `rng/<rank>`. Small numbers are tensors too (float64 holds every integer up to 2^53).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -61,6 +61,7 @@ def save_checkpoint(
     shards: Mapping[str, Shard],
     meta: JsonObject,
     others: Iterable[tuple[int, Mapping[str, Shard]]] = (),
+    confirm: Callable[[], None] | None = None,
 ) -> Path:
     """Write a checkpoint; blocks until it is on the disk.
 
@@ -73,6 +74,7 @@ def save_checkpoint(
         meta: anything JSON that a reader needs, such as the configuration.
         others: (rank, that rank's part), taken one by one, so that only one is in memory. Together with `shards` they
             hold every element of every tensor exactly once.
+        confirm: called when all is written, before it counts; what it raises leaves everything as it was.
 
     Returns:
         The checkpoint's folder.
@@ -88,7 +90,7 @@ def save_checkpoint(
         disk.make_folder(folder)
         _remove_unfinished(folder)
         if not _is_whole(target):
-            _write_and_rename(folder, target, step, shards, meta, others)
+            _write_and_rename(folder, target, step, shards, meta, others, confirm)
         _point_latest(folder, target.name)
         is_done = True
     except (OSError, SafetensorError) as exc:
@@ -255,6 +257,7 @@ def _write_and_rename(
     shards: Mapping[str, Shard],
     meta: JsonObject,
     others: Iterable[tuple[int, Mapping[str, Shard]]],
+    confirm: Callable[[], None] | None,
 ) -> None:
     temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
     disk.make_folder(temporary)
@@ -265,6 +268,8 @@ def _write_and_rename(
     for rank, of_rank in others:
         draft.write(f"state-rank{rank:04d}.safetensors", of_rank)
     draft.write_index(step, meta)
+    if confirm is not None:
+        confirm()
     disk.remove(target)  # a damaged one: it was looked at before
     disk.rename(temporary, target)
     disk.sync_folder(folder)

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from smolcluster.cli import config, demo, export, token, train
+from smolcluster.cli import bench, config, demo, export, token, train
 from smolcluster.errors import ConfigError, SmolError
 
 EXIT_INTERRUPTED = 130
@@ -30,6 +30,7 @@ app.command("train")(train.train)
 app.command("node")(train.node)
 app.command("demo")(demo.demo)
 app.command("export")(export.export)
+app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(token.app, name="token")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-from smolcluster.cluster.world import World
+from smolcluster.cluster.world import BEATS_PER_PATIENCE, DOUBT, World, clock_with_sleep
 
-# Beats per patience: two lost in a row (a busy processor, a slow link) are not yet a death.
-BEATS_PER_PATIENCE = 5
+# So soon after the end of a rank's time it is looked for: a clock that ticks coarsely must not find it still in time.
+MARGIN = 0.01
 
 
 class Heartbeat:
@@ -34,7 +34,7 @@ class Heartbeat:
                 silent, until what they sent meanwhile is read: then nobody is reported.
         """
         patience = self._world.patience
-        if overslept > patience / 2:
+        if overslept > DOUBT * patience:
             return
         for rank, heard in self._world.silent_since().items():
             silence = now - heard
@@ -42,12 +42,21 @@ class Heartbeat:
                 self._world.report_lost(rank, f"it was silent for {silence:.1f} s (cluster.patience is {patience:g})")
 
     def _run(self) -> None:
-        interval = self._world.patience / BEATS_PER_PATIENCE
         while True:
             for rank in self._world.silent_since():
                 self._world.send(rank, "beat", {})
-            began = time.monotonic()
-            if self._stop.wait(interval):
+            seconds = self._seconds_to_next_look(time.monotonic())
+            until = clock_with_sleep() + seconds
+            self._world.note_sleep(until)
+            if self._stop.wait(seconds):
                 return
-            now = time.monotonic()
-            self.look(now, now - began - interval)
+            now = clock_with_sleep()
+            self._world.note_awake(now)
+            self.look(time.monotonic(), now - until)
+
+    def _seconds_to_next_look(self, now: float) -> float:
+        """Until the next beats are due, or sooner: until some rank's time is over, to notice it then and not later."""
+        interval = self._world.patience / BEATS_PER_PATIENCE
+        due = min(self._world.silent_since().values(), default=now) + self._world.patience + MARGIN - now
+        # Over already: this process was suspended, and what the others sent meanwhile is to be read first.
+        return interval if due <= 0 else min(interval, due)

@@ -14,16 +14,18 @@ import time
 from collections.abc import Mapping
 
 from smolcluster.cluster.heartbeat import Heartbeat
-from smolcluster.cluster.world import Member, View, World, refuse, wait_until
+from smolcluster.cluster.world import BEATS_PER_PATIENCE, Member, View, World, refuse, wait_until
 from smolcluster.errors import ConfigError, ConnectFailed, FrameError, PeerLost, RendezvousTimeout, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.transport.base import ControlLink, Hello, Listener, Network
+from smolcluster.transport.security import MAX_NAME_BYTES
 from smolcluster.transport.tcp import CONTROL, TcpNetwork, TcpOptions
 
 logger = logging.getLogger(__name__)
 
 LEADER = 0
 JOIN_TIMEOUT = 5.0  # seconds that an authenticated newcomer may take to say who it is
+MAX_WORD_BYTES = 300  # of a name or address; host names have at most 255
 TICK = 0.2  # seconds between looks whether a waiting rank has gone away
 
 
@@ -92,9 +94,9 @@ def join_world(
     with contextlib.ExitStack() as undo:
         undo.callback(listener.close)
         if rank == LEADER:
-            view, links = _lead(me, world_size, listener, deadline, timeout, wanted)
+            view, links = _lead(me, world_size, listener, deadline, timeout, wanted, patience)
         else:
-            view, links = _follow(me, world_size, network, leader_address, run_id, deadline, timeout, wanted)
+            view, links = _follow(me, world_size, network, leader_address, run_id, deadline, timeout, wanted, patience)
         undo.callback(_close_all, links)
         listener.allow_run(view.run_id)
         undo.pop_all()
@@ -115,17 +117,25 @@ def join_world(
 class _Lobby:
     """The leader's waiting room."""
 
-    def __init__(self, me: Member, world_size: int, options: dict[str, str]) -> None:
+    def __init__(self, me: Member, world_size: int, options: dict[str, str], patience: float) -> None:
         self._world_size = world_size
         self._options = options
+        self._interval = patience / BEATS_PER_PATIENCE
+        self._next_beat = 0.0
+        self.tick = min(TICK, self._interval)
         self.members: dict[int, Member] = {me.rank: me}
         self.links: dict[int, ControlLink] = {}
 
     def missing(self) -> list[int]:
-        """Ranks that have not come, or went away again."""
+        """Ranks that have not come, or went away again. Those that wait hear now and then that the leader is there."""
+        is_due = time.monotonic() >= self._next_beat
+        if is_due:
+            self._next_beat = time.monotonic() + self._interval
         for rank, link in list(self.links.items()):
             try:
                 link.receive(timeout=0.0)  # a waiting rank says nothing: this only notices that it is gone
+                if is_due:
+                    link.send({"kind": "beat"})
             except SmolError:
                 logger.warning("rank left before the start rank=%d", rank)
                 link.close()
@@ -134,13 +144,16 @@ class _Lobby:
 
     def admit(self, hello: Hello, link: ControlLink) -> None:
         """Read a newcomer's "join"; keep it, or tell it why not."""
-        try:
-            message = link.receive(timeout=JOIN_TIMEOUT)
-        except SmolError as error:
-            logger.warning("rank refused reason=%s", error)
-            link.close()
-            return
-        self.missing()
+        deadline = time.monotonic() + JOIN_TIMEOUT
+        message: JsonObject | None = None
+        while message is None and time.monotonic() < deadline:
+            try:
+                message = link.receive(timeout=self.tick)
+            except SmolError as error:
+                logger.warning("rank refused reason=%s", error)
+                link.close()
+                return
+            self.missing()
         refusal = self._refusal(hello, message or {})
         if refusal is None and message is not None:
             member = Member(hello.rank, str(message["name"]), str(message["address"]))
@@ -155,10 +168,15 @@ class _Lobby:
                 "kind": "join",
                 "rank": rank,
                 "name": str(name),
-                "world_size": world_size,
-                "address": str(),
+                "world_size": int(world_size),
+                "address": str(address),
                 "options": dict(theirs),
-            } if rank == hello.rank and not isinstance(rank, bool):
+            } if (
+                rank == hello.rank
+                and not isinstance(rank, bool)
+                and _is_plain(name, address)
+                and all(isinstance(value, str) for value in theirs.values())
+            ):
                 pass
             case _:
                 return "its join message is malformed"
@@ -200,6 +218,8 @@ class _Doorkeeper:
             name: object = None
             with contextlib.suppress(SmolError):
                 name = (link.receive(timeout=1.0) or {}).get("name")
+            if not isinstance(name, str) or not _is_plain(name):
+                name = None
             refuse(
                 link,
                 f"the run of {self._world_size} ranks has begun already; is {name!r} started twice, or is rank 0 still "
@@ -218,9 +238,15 @@ def _difference(name: str, theirs: JsonObject, ours: dict[str, str]) -> str | No
 
 
 def _lead(
-    me: Member, world_size: int, listener: Listener, deadline: float, timeout: float, options: dict[str, str]
+    me: Member,
+    world_size: int,
+    listener: Listener,
+    deadline: float,
+    timeout: float,
+    options: dict[str, str],
+    patience: float,
 ) -> tuple[View, dict[int, ControlLink]]:
-    lobby = _Lobby(me, world_size, options)
+    lobby = _Lobby(me, world_size, options, patience)
     while missing := lobby.missing():
         left = deadline - time.monotonic()
         if left <= 0:
@@ -230,7 +256,7 @@ def _lead(
                 f"{listener.address} within {timeout:g} s. Start the missing ranks, or look for a firewall in between"
             )
         with contextlib.suppress(ConnectFailed):
-            lobby.admit(*listener.accept_control(min(left, TICK)))
+            lobby.admit(*listener.accept_control(min(left, lobby.tick)))
     members = tuple(lobby.members[rank] for rank in range(world_size))
     view = View(generation=1, members=members, leader=LEADER, run_id=secrets.token_hex(8))
     listener.allow_run(view.run_id)
@@ -259,9 +285,10 @@ def _follow(
     deadline: float,
     timeout: float,
     options: dict[str, str],
+    patience: float,
 ) -> tuple[View, dict[int, ControlLink]]:
     try:
-        link = network.dial_control(leader_address, Hello(me.rank, CONTROL, run_id), wait_until(deadline))
+        link = network.dial_control(leader_address, Hello(me.rank, CONTROL, run_id, LEADER), wait_until(deadline))
     except ConnectFailed as error:
         raise RendezvousTimeout(f"rank {me.rank} waited for rank 0: {error}") from error
     # dict() because a mapping of str is no mapping of JsonValue to the type checker
@@ -275,9 +302,10 @@ def _follow(
     }
     try:
         link.send(join)
-        message = link.receive(wait_until(deadline))
-        while message is not None and message.get("kind") not in ("view", "refused"):
-            message = link.receive(wait_until(deadline))  # kinds that this version does not know
+        message = _await_view(link, deadline, patience)
+    except PeerLost:
+        link.close()
+        raise
     except SmolError as error:
         link.close()
         raise PeerLost(f"rank 0 ended before all ranks were there: {error}", LEADER) from error
@@ -290,6 +318,27 @@ def _follow(
     return _unpack_view(message, world_size), {LEADER: link}
 
 
+def _await_view(link: ControlLink, deadline: float, patience: float) -> JsonObject | None:
+    """The leader's answer, or None at the deadline.
+
+    A leader that still starts says nothing: its silence counts from its first beat on.
+    """
+    silent_at = deadline
+    while True:
+        message = link.receive(wait_until(min(deadline, silent_at)))
+        if message is not None and message.get("kind") in ("view", "refused"):
+            return message
+        now = time.monotonic()
+        if message is not None:  # a beat, or a kind that this version does not know
+            silent_at = now + patience
+        elif now >= deadline:
+            return None
+        elif now >= silent_at:
+            raise PeerLost(
+                f"rank 0 was silent for {patience:g} s (cluster.patience) before all ranks were there", LEADER
+            )
+
+
 def _unpack_view(message: JsonObject, world_size: int) -> View:
     match message:
         case {
@@ -298,7 +347,13 @@ def _unpack_view(message: JsonObject, world_size: int) -> View:
             "leader": int(leader),
             "run_id": str(run_id),
             "members": list(packed),
-        } if len(packed) == world_size:
+        } if (
+            len(packed) == world_size
+            and 0 <= generation < 2**32
+            and 0 <= leader < world_size
+            and _is_plain(run_id)
+            and len(run_id.encode()) <= MAX_NAME_BYTES
+        ):
             members = tuple(
                 Member(rank, name, address)
                 for rank, entry in enumerate(packed)
@@ -306,9 +361,14 @@ def _unpack_view(message: JsonObject, world_size: int) -> View:
                 and isinstance(name := entry.get("name"), str)
                 and isinstance(address := entry.get("address"), str)
             )
-            if len(members) == world_size:
+            if len(members) == world_size and all(_is_plain(member.name, member.address) for member in members):
                 return View(generation, members, leader, run_id)
     raise FrameError(f"rank 0 sent a malformed view of {world_size} ranks")
+
+
+def _is_plain(*words: str) -> bool:
+    """Whether each may stand in a log line, a file and a handshake, whoever it came from."""
+    return all(len(word.encode(errors="replace")) <= MAX_WORD_BYTES and word.isprintable() for word in words)
 
 
 def _close_all(links: dict[int, ControlLink]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -34,8 +36,14 @@ MAX_EARLY_KINDS = 16
 MAX_TEXT = 10_000
 # Seconds between looks whether the world has ended while a connection is awaited.
 OPEN_SLICE = 0.25
+# Beats per patience: two lost in a row (a busy processor, a slow link) are not yet a death.
+BEATS_PER_PATIENCE = 5
+# A heartbeat that comes later than planned by so many patiences: the process was suspended, or nearly so.
+DOUBT = 0.5
 # The fastest of so many answers counts: in a process that computes, one of ten is late by milliseconds.
 RECENT_PINGS = 5
+# Linux has a clock of its own that goes on while the machine sleeps; on macOS this one does, on Windows Python's own.
+_CLOCK_WITH_SLEEP = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,10 @@ class World:
         self._counted = (0, 0)
         self._round_trips = {peer: deque[float](maxlen=RECENT_PINGS) for peer in others}
         self._began = time.monotonic()
+        self._sleeps_until = math.inf  # this rank's own heartbeat; inf: it is awake
+        self._certain_from = -math.inf  # before it, the others may have given this rank up without its knowing
+        self._suspended = 0.0  # seconds by which the heartbeat has just overslept
+        self._failed = threading.Event()
         for peer, link in links.items():
             self._attach(peer, link)
 
@@ -141,6 +153,11 @@ class World:
         name = self._view.members[rank].name
         return f"rank {rank}" if name == f"rank{rank}" else f"rank {rank} ({name})"
 
+    def neighbours(self) -> int:
+        """How many of the other ranks are on this rank's host, by their addresses."""
+        hosts = [member.address.rpartition(":")[0] for member in self._view.members]
+        return hosts.count(hosts[self.rank]) - 1
+
     def open_channel(self, peer: int, lane: str, timeout: float) -> Channel:
         """A new bulk connection to `peer` for `lane`; both sides call it. The higher rank dials.
 
@@ -154,7 +171,7 @@ class World:
 
     def _open_channel(self, peer: int, lane: str, timeout: float) -> Channel:
         if peer < self.rank:
-            hello = Hello(self.rank, lane, self._view.run_id)
+            hello = Hello(self.rank, lane, self._view.run_id, peer)
             return self._network.dial_channel(self._view.members[peer].address, hello, timeout, self.error)
         deadline = time.monotonic() + timeout
         while True:
@@ -166,9 +183,10 @@ class World:
                 if time.monotonic() >= deadline:
                     raise
 
-    def watch_queue(self, peer: int, queued_bytes: Callable[[], int]) -> None:
-        """Count `queued_bytes()`, called from any thread, as waiting to be sent to `peer`."""
+    def watch_queue(self, peer: int, queued_bytes: Callable[[], int]) -> Callable[[], None]:
+        """Count `queued_bytes()`, called from any thread, as waiting for `peer`, until what this returns is called."""
         self._queues[peer].append(queued_bytes)
+        return lambda: self._queues[peer].remove(queued_bytes)
 
     def new_bytes(self) -> tuple[int, int]:
         """Bytes (sent, received) on all connections of this rank since the last call."""
@@ -211,9 +229,8 @@ class World:
             PeerLost: a rank was lost meanwhile; or whatever else ended this world.
         """
         deadline = time.monotonic() + timeout
-        hello = Hello(self.rank, CONTROL, self._view.run_id)
         for lower in sorted(set(range(self.rank)) - self._links.keys()):
-            address = self._view.members[lower].address
+            hello, address = Hello(self.rank, CONTROL, self._view.run_id, lower), self._view.members[lower].address
             self._add_link(lower, self._network.dial_control(address, hello, wait_until(deadline), self.error))
         while missing := set(range(self.rank + 1, self.world_size)) - self._links.keys():
             if self._error is not None:
@@ -251,13 +268,23 @@ class World:
             for rank, message in early:
                 handler(rank, message)
 
-    def on_failure(self, fn: Callable[[SmolError], None]) -> None:
-        """Call `fn(error)` once when a rank is lost or some rank aborts; at once if that has happened."""
+    def on_failure(self, fn: Callable[[SmolError], None]) -> Callable[[], None]:
+        """Call `fn(error)` once when a rank is lost or some rank aborts; at once if that has happened.
+
+        Returns:
+            What to call when `fn` is to be forgotten. `fn` may be running then.
+        """
         with self._lock:
             if self._error is None:
                 self._on_failure.append(fn)
-                return
+                return partial(self._forget, fn)
         fn(self._error)
+        return partial(self._forget, fn)
+
+    def _forget(self, fn: Callable[[SmolError], None]) -> None:
+        with self._lock:
+            if fn in self._on_failure:
+                self._on_failure.remove(fn)
 
     def error(self) -> SmolError | None:
         """What ended this world, if anything did."""
@@ -270,6 +297,38 @@ class World:
         """
         with self._lock:
             return {r: max(self._began, link.last_heard()) for r, link in self._links.items() if r not in self._left}
+
+    def note_sleep(self, until: float) -> None:
+        """This rank's heartbeat sleeps until then (`clock_with_sleep()`)."""
+        self._sleeps_until = until
+
+    def note_awake(self, now: float) -> None:
+        """It has woken. Much too late means that this whole process, or the machine, was suspended."""
+        with self._lock:
+            overslept, self._sleeps_until = now - self._sleeps_until, math.inf
+            if overslept > DOUBT * self.patience:
+                self._suspended = overslept
+                self._certain_from = now + self.patience / BEATS_PER_PATIENCE
+
+    def confirm(self) -> None:
+        """Call before writing what belongs to the run: returns if the others have not given this rank up.
+
+        They may have while this process was suspended, and perhaps another run goes on in its place. So after waking
+        it waits for a moment, until what they sent meanwhile is read. If all were suspended together, nobody is lost.
+
+        Raises:
+            PeerLost: this rank is the lost one.
+        """
+        while self._error is None and not self._leaving:
+            with self._lock:
+                now = clock_with_sleep()
+                oversleeps = now - self._sleeps_until > DOUBT * self.patience  # this thread has woken before it
+                left = self.patience / BEATS_PER_PATIENCE if oversleeps else self._certain_from - now
+            if left <= 0:
+                return
+            self._failed.wait(left)
+        if isinstance(self._error, PeerLost) and self._error.rank == self.rank:
+            raise self._error
 
     def suspect(self, peer: int, reason: SmolError, on_left: Callable[[PeerLost], None]) -> None:
         """A bulk connection to `peer` broke: give the control plane `GRACE` seconds to say why, then blame it.
@@ -318,7 +377,7 @@ class World:
         with self._lock:
             if self._error is not None or self._leaving:
                 return
-            self._error = error
+            error = self._error = self._or_own_suspension(error)
             if isinstance(error, PeerLost):
                 self.lost.append(error.rank)
             callbacks, self._on_failure = self._on_failure, []
@@ -330,11 +389,24 @@ class World:
             if peer not in self.lost:
                 self.send(peer, "abort", message)
         self._told.set()
+        self._failed.set()
         for fn in callbacks:
             fn(error)
         for peer in self.lost:  # last, because it may not read any more; one that lives must not blame somebody else
             if peer in self._links:
                 self.send(peer, "abort", message)
+
+    def _or_own_suspension(self, error: SmolError) -> SmolError:
+        """`error`; or, if this process has just woken from a long suspension, that it is the lost one itself."""
+        now = clock_with_sleep()
+        suspended = max(now - self._sleeps_until, self._suspended if now < self._certain_from else 0.0)
+        if not isinstance(error, PeerLost) or suspended <= self.patience:
+            return error
+        return PeerLost(
+            f"{self.name(self.rank)} was suspended for {suspended:.1f} s, longer than cluster.patience "
+            f"({self.patience:g}), and the other ranks have given it up",
+            self.rank,
+        )
 
     def leave(self) -> None:
         """Say good-bye, so that closing is not taken for a loss. Call when nothing is under way any more."""
@@ -424,10 +496,16 @@ def _ending(error: SmolError) -> str:
 
 def refuse(link: ControlLink, reason: str) -> None:
     """Tell a rank why it is not let in, and close."""
+    reason = reason[:MAX_TEXT]
     logger.warning("rank refused reason=%s", reason)
     with contextlib.suppress(SmolError):
-        link.send({"kind": "refused", "reason": reason[:MAX_TEXT]})
+        link.send({"kind": "refused", "reason": reason})
     link.close()
+
+
+def clock_with_sleep() -> float:
+    """`time.monotonic()`, with the time that the machine slept: a laptop that was closed must know it."""
+    return time.monotonic() if _CLOCK_WITH_SLEEP is None else time.clock_gettime(_CLOCK_WITH_SLEEP)
 
 
 def wait_until(deadline: float) -> float:

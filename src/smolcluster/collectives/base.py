@@ -13,6 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from smolcluster.collectives.codec import ErrorFeedback
 from smolcluster.errors import SmolError
 from smolcluster.kinds import JsonValue
 from smolcluster.telemetry import Telemetry
@@ -91,8 +92,13 @@ class Communicator(Protocol):
     generation: int
     telemetry: Telemetry
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None) -> Work:
-        """Reduce `tensor` (any shape, contiguous, alike on all ranks) in place; the same bits everywhere."""
+    def all_reduce(
+        self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | ErrorFeedback | None = None
+    ) -> Work:
+        """Reduce `tensor` (any shape, contiguous, alike on all ranks) in place; the same bits everywhere.
+
+        An ErrorFeedback (SUM and AVG) also changes its residual, which belongs to this call until the Work is done.
+        """
         ...
 
     def reduce_scatter(

@@ -12,7 +12,8 @@ One step, as an algorithm sees it:
     sums = gradients.wait()           now, or K steps later
     gradients.install()               the parameters' .grad are the reduced gradients
 
-Cost: one copy of the gradients per step (none at world size 1) and `sets` times their memory.
+Cost: one copy of the gradients per step (none at world size 1) and `sets` times their memory, with int8 once more: what
+its encodings have lost (codec.ErrorFeedback) is kept for each bucket, whichever set carries it.
 Source: Li et al. 2020, PyTorch Distributed, arXiv:2006.15704, section 3.2.3 (buckets, overlap).
 """
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from smolcluster.collectives.base import Codec, Communicator, Work
+from smolcluster.collectives.codec import ErrorFeedback, Int8Codec
 from smolcluster.errors import CollectiveMismatch, ConfigError
 from smolcluster.telemetry import BUCKETS, Telemetry
 
@@ -101,8 +103,8 @@ class GradientBuckets:
         """
         self._params = list(params)
         self._comm = comm
-        self._codec = codec
         self._layout = plan_buckets(self._params, bucket_bytes)
+        self._codecs: list[Codec | ErrorFeedback | None] = [codec] * len(self._layout)
         self._bucket_of = {index: i for i, bucket in enumerate(self._layout) for index in bucket}
         self._own: _Own | None = None
         self._is_armed = False
@@ -119,6 +121,20 @@ class GradientBuckets:
                 param.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
                 for index, param in enumerate(self._params)
             ]
+        self._residuals: dict[int, Tensor] = {}
+        if isinstance(codec, Int8Codec) and self._sets:
+            for i, (bucket, flat) in enumerate(zip(self._layout, self._sets[0].flats, strict=True)):
+                feedback = ErrorFeedback(codec, torch.zeros_like(flat, device="cpu"))
+                self._codecs[i] = feedback
+                self._residuals |= _places(feedback.residual, bucket, self._params)
+
+    @property
+    def residuals(self) -> list[Tensor]:
+        """With int8: what was lost of each parameter's gradients, in its shape, on the CPU; else none.
+
+        To be read and written while no step is under way: all issued buckets' sums were waited for.
+        """
+        return [self._residuals[index] for index in sorted(self._residuals)]
 
     def begin(self, step: int, *, count: int, samples: int, planned: int = 0, stop: bool = False) -> None:
         """Open a step. The set it uses is that of step - sets, whose gradients must be applied by now.
@@ -211,14 +227,14 @@ class GradientBuckets:
         bucket = self._bucket_of[index]
         self._missing[bucket] -= 1
         while len(self._pending) < len(self._layout) and self._missing[len(self._pending)] == 0:
-            flat = self._set.flats[len(self._pending)]
-            if self._codec is not None:
+            flat, codec = self._set.flats[len(self._pending)], self._codecs[len(self._pending)]
+            if codec is not None:
                 # A codec may turn what is not finite into numbers, so each rank says so before it encodes.
                 overflowed = ~torch.isfinite(flat.sum())
                 self._overflowed = overflowed if self._overflowed is None else self._overflowed | overflowed
-            self._issue(flat, self._codec)
+            self._issue(flat, codec)
 
-    def _issue(self, flat: Tensor, codec: Codec | None) -> None:
+    def _issue(self, flat: Tensor, codec: Codec | ErrorFeedback | None) -> None:
         self._pending.append(_Pending(self._comm.all_reduce(flat, codec=codec), flat.nbytes))
 
     def _write_tail(self, loss_sum: Tensor) -> None:
@@ -347,14 +363,20 @@ class _BucketSet:
             length = sum(params[index].numel() for index in bucket) + (tail_length if is_tailed else 0)
             first = params[bucket[0]]
             flat = torch.zeros(length, dtype=first.dtype, device=first.device)
-            offset = 0
-            for index in bucket:
-                views[index] = flat[offset : offset + params[index].numel()].view(params[index].shape)
-                offset += params[index].numel()
+            views |= _places(flat, bucket, params)
             self.flats.append(flat)
         self.views = [views[index] for index in range(len(params))]
         # On the CPU: Apple's MPS has no float64.
         self.tail = torch.zeros(tail_length, dtype=torch.float64) if has_own_tail else flat[-tail_length:]
+
+
+def _places(flat: Tensor, bucket: list[int], params: list[nn.Parameter]) -> dict[int, Tensor]:
+    """Where in its bucket's flat tensor each parameter lies, in its shape."""
+    places, offset = {}, 0
+    for index in bucket:
+        places[index] = flat[offset : offset + params[index].numel()].view(params[index].shape)
+        offset += params[index].numel()
+    return places
 
 
 class _Pending:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from smolcluster.collectives.base import Codec, ReduceOp
+from smolcluster.collectives.codec import ErrorFeedback
+from smolcluster.errors import FrameError
 from smolcluster.kinds import JsonValue
 
 # `exchange` is for small agreements; every rank holds world_size of them.
@@ -28,7 +30,7 @@ def check_contiguous(tensor: Tensor, name: str) -> None:
         )
 
 
-def check_reducible(dtype: torch.dtype, op: ReduceOp, codec: Codec | None) -> None:
+def check_reducible(dtype: torch.dtype, op: ReduceOp, codec: Codec | ErrorFeedback | None) -> None:
     """Refuse dtypes that cannot be added, averaged or encoded."""
     if dtype == torch.bool or dtype.is_complex:
         raise ValueError(f"{dtype} tensors cannot be reduced: convert to a number first")
@@ -44,10 +46,19 @@ def check_rank(rank: int, world_size: int, name: str) -> None:
         raise ValueError(f"{name} is rank {rank}, but this group has ranks 0 to {world_size - 1}")
 
 
-def check_all_reduce(tensor: Tensor, op: ReduceOp, codec: Codec | None) -> None:
+def check_all_reduce(tensor: Tensor, op: ReduceOp, codec: Codec | ErrorFeedback | None) -> None:
     """The arguments of `all_reduce`."""
     check_contiguous(tensor, "tensor")
     check_reducible(tensor.dtype, op, codec)
+    if isinstance(codec, ErrorFeedback):
+        residual = codec.residual
+        if op == ReduceOp.MAX:
+            raise ValueError("error feedback makes up for what sums have lost, a maximum loses nothing that adds up")
+        if residual.dtype != tensor.dtype or residual.shape != (tensor.numel(),) or not residual.is_contiguous():
+            raise ValueError(
+                f"a residual of {residual.dtype} {tuple(residual.shape)} for {tensor.numel()} elements of "
+                f"{tensor.dtype}: it must be flat and alike"
+            )
 
 
 def check_reduce_scatter(output: Tensor, input: Tensor, op: ReduceOp, codec: Codec | None, world_size: int) -> None:
@@ -135,6 +146,19 @@ def encode_message(message: JsonValue) -> bytes:
             "all_gather for tensors"
         )
     return encoded
+
+
+def decode_message(encoded: bytes, rank: int) -> JsonValue:
+    """What `rank` put into an `exchange`.
+
+    Raises:
+        FrameError: it is not JSON.
+    """
+    try:
+        message: JsonValue = json.loads(encoded.decode())
+    except (ValueError, RecursionError) as exc:
+        raise FrameError(f"rank {rank} exchanged a message that is not JSON") from exc
+    return message
 
 
 def _check_parts(whole_name: str, whole: Tensor, part_name: str, part: Tensor, world_size: int) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from smolcluster.cluster.rendezvous import join_world
 from smolcluster.cluster.world import World
-from smolcluster.collectives.tcp import Plan, TcpCommunicator
+from smolcluster.collectives.plan import Plan
+from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.errors import SmolError
 from smolcluster.transport import tcp
 from smolcluster.transport.inproc import Hook, InprocNetwork
@@ -33,16 +34,21 @@ def inproc_group(
     return _connect(world_size, join, plan)
 
 
-def tcp_group(world_size: int, *, plan: Plan | None = None, patience: float = 5.0) -> list[TcpCommunicator]:
-    """The tcp engine over real, authenticated loopback connections; communicators in rank order."""
+def tcp_group(
+    world_size: int, *, plan: Plan | None = None, patience: float = 5.0, tls: bool = False
+) -> list[TcpCommunicator]:
+    """The tcp engine over real, authenticated loopback connections, encrypted or not; communicators in rank order."""
     token, run_id = new_token(), secrets.token_hex(8)
-    options = tcp.TcpOptions(patience=patience)
-    listeners = [tcp.listen("127.0.0.1", 0, token=token, run_id=run_id, options=options) for _ in range(world_size)]
+    options = tcp.TcpOptions(patience=patience, tls=tls)
+    listeners = [
+        tcp.listen("127.0.0.1", 0, token=token, run_id=run_id, rank=rank, options=options) for rank in range(world_size)
+    ]
 
     def join(rank: int) -> World:
         return join_world(
             rank=rank, world_size=world_size, name=f"rank{rank}", listener=listeners[rank], token=token,
             leader_address=listeners[0].address, run_id=run_id, patience=patience, timeout=START_TIMEOUT,
+            network=tcp.TcpNetwork(token, options),
         )  # fmt: skip
 
     return _connect(world_size, join, plan)

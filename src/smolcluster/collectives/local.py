@@ -33,6 +33,8 @@ from smolcluster.collectives.checks import (
     check_split,
     encode_message,
 )
+from smolcluster.collectives.codec import ErrorFeedback, Int8Codec
+from smolcluster.collectives.mesh import encode_sum
 from smolcluster.collectives.wire import combine, finish_average
 from smolcluster.collectives.work import PendingWork
 from smolcluster.errors import ClusterError, CollectiveMismatch, PeerLost, SmolError
@@ -97,9 +99,14 @@ class LocalCommunicator:
         self.telemetry = telemetry
         self._splits = 0
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None) -> Work:
+    def all_reduce(
+        self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | ErrorFeedback | None = None
+    ) -> Work:
         check_all_reduce(tensor, op, codec)
         says = f"all_reduce {op.name.lower()} of {_describe(tensor, codec)}"
+        if isinstance(codec, ErrorFeedback):
+            int8, tensors = codec.codec, [tensor.detach(), codec.residual]
+            return self._issue(says, tensor, tensors, lambda calls: _feedback_all_reduce(calls, op, int8))
         return self._issue(says, tensor, [tensor.detach()], lambda calls: _all_reduce(calls, op, codec))
 
     def reduce_scatter(
@@ -423,7 +430,7 @@ def _mismatch(name: str, number: int, calls: list[_Call]) -> CollectiveMismatch 
     return None
 
 
-def _describe(tensor: Tensor, codec: Codec | None = None) -> str:
+def _describe(tensor: Tensor, codec: Codec | ErrorFeedback | None = None) -> str:
     encoded = "" if codec is None else f" as {codec.name}"
     return f"{tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}{encoded}"
 
@@ -435,6 +442,25 @@ def _all_reduce(calls: list[_Call], op: ReduceOp, codec: Codec | None) -> None:
     result = through_codec(reduce_in_rank_order([call.tensors[0] for call in calls], op, codec), codec)
     for call in calls:
         call.tensors[0].copy_(result.view_as(call.tensors[0]))
+
+
+def _feedback_all_reduce(calls: list[_Call], op: ReduceOp, codec: Int8Codec) -> None:
+    """What mesh.feedback_all_reduce computes: chunk i's sum is rank i's, which adds its own contribution as it is."""
+    flats = [_flat(call.tensors[0]) for call in calls]
+    chunks = [flat.tensor_split(len(calls)) for flat in flats]
+    residuals = [call.tensors[1].tensor_split(len(calls)) for call in calls]
+    for owner in range(len(calls)):
+        total = chunks[owner][owner]
+        encoded = torch.empty(codec.encoded_nbytes(total.numel()), dtype=torch.uint8)
+        for step in range(1, len(calls)):
+            src = (owner + step) % len(calls)
+            codec.encode_with_feedback(chunks[src][owner], residuals[src][owner], encoded)
+            codec.decode_add(encoded, total)
+        encode_sum(total, residuals[owner][owner], encoded, op, len(calls), codec)
+        for parts in chunks:
+            codec.decode(encoded, parts[owner])
+    for call, flat in zip(calls, flats, strict=True):
+        call.tensors[0].copy_(flat.view_as(call.tensors[0]))
 
 
 def _reduce_scatter(calls: list[_Call], op: ReduceOp, codec: Codec | None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from smolcluster.collectives.base import Codec, ReduceOp
+from smolcluster.collectives.codec import Int8Codec
 from smolcluster.collectives.wire import Arrival, Steps, Wire, combine, finish_average
 
 
@@ -22,6 +23,12 @@ def one_round_all_reduce(wire: Wire, tensor: Tensor, op: ReduceOp) -> Steps:
     Cost: a + (N-1) * S * b. All ranks add the same numbers in the same order, so they hold the same bits.
     """
     own = tensor.clone()  # what is being sent must not change while the sum grows in `tensor`
+    if wire.world_size == 2:  # a + b is b + a: the other's part can be added as it comes
+        peer = 1 - wire.rank
+        wire.send(peer, own)
+        yield [wire.expect(peer, into=tensor, op=op)]
+        finish_average(tensor, op, 2)
+        return
     parts = [own if rank == wire.rank else torch.empty_like(own) for rank in range(wire.world_size)]
     for dst in _others(wire):
         wire.send(dst, own)
@@ -44,6 +51,40 @@ def mesh_all_reduce(wire: Wire, chunks: list[Tensor], op: ReduceOp, codec: Codec
     yield from mesh_all_gather(wire, chunks, codec)
 
 
+def feedback_all_reduce(
+    wire: Wire, chunks: list[Tensor], residuals: list[Tensor], op: ReduceOp, codec: Int8Codec
+) -> Steps:
+    """Reduce over all ranks, in place, each number encoded twice in all, and remember what that has lost.
+
+    As `mesh_all_reduce`, but rank i adds its own chunk i as it is, and every encoding takes up what that of the same
+    chunk in the call before has lost. So residuals[rank] is the error of this rank's sum, the others those of its
+    contributions, both of the sum that AVG divides.
+
+    Cost: 2a + 2(N-1)/N * S' * b, with S' encoded bytes.
+    """
+    rank, mine = wire.rank, chunks[wire.rank]
+    for dst in _others(wire):
+        contribution = _buffer(chunks[dst], codec)
+        codec.encode_with_feedback(chunks[dst], residuals[dst], contribution)
+        wire.send(dst, contribution)
+    parts = {src: _buffer(mine, codec) for src in _others(wire)}
+    yield [wire.expect(src, into=part) for src, part in parts.items()]
+    for part in parts.values():
+        codec.decode_add(part, mine)
+    total = _buffer(mine, codec)
+    encode_sum(mine, residuals[rank], total, op, wire.world_size, codec)
+    yield from _spread(wire, total, chunks, codec)
+
+
+def encode_sum(total: Tensor, residual: Tensor, out: Tensor, op: ReduceOp, world_size: int, codec: Int8Codec) -> None:
+    """Encode a chunk's complete sum, or the average, and leave in `residual` what the sum has lost."""
+    finish_average(total, op, world_size)
+    finish_average(residual, op, world_size)
+    codec.encode_with_feedback(total, residual, out)
+    if op == ReduceOp.AVG:
+        residual.mul_(world_size)
+
+
 def mesh_reduce_scatter(wire: Wire, chunks: list[Tensor], op: ReduceOp, codec: Codec) -> Steps:
     """Reduce over all ranks so that chunks[rank] holds the result; one hop. See `mesh_all_reduce`."""
     mine = chunks[wire.rank]
@@ -62,7 +103,11 @@ def mesh_reduce_scatter(wire: Wire, chunks: list[Tensor], op: ReduceOp, codec: C
 
 def mesh_all_gather(wire: Wire, chunks: list[Tensor], codec: Codec) -> Steps:
     """Every rank begins with chunks[rank] and ends with all of them as the codec leaves them; one hop."""
-    own = _encoded(chunks[wire.rank], codec)
+    yield from _spread(wire, _encoded(chunks[wire.rank], codec), chunks, codec)
+
+
+def _spread(wire: Wire, own: Tensor, chunks: list[Tensor], codec: Codec) -> Steps:
+    """Send the encoded `own` to everybody; every rank decodes all of them, its own too."""
     for dst in _others(wire):
         wire.send(dst, own)
     parts = {src: _buffer(chunks[src], codec) for src in _others(wire)}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from smolcluster.collectives.lane import Lane
-from smolcluster.collectives.progress import MAX_UNSIZED_BYTES, ProgressLoop
+from smolcluster.collectives.progress import ProgressLoop
 from smolcluster.collectives.work import PendingWork
 from smolcluster.errors import CollectiveMismatch, SmolError
 from smolcluster.transport import frame
-from smolcluster.transport.frame import KIND_MESSAGE, Prelude
+from smolcluster.transport.frame import KIND_MESSAGE, MAX_UNSIZED_BYTES, Prelude
 from smolcluster.transport.tensors import empty_for, raw_bytes
+
+# Of one peer: more that nobody receives is no pipeline but a mistake, or somebody who fills the memory.
+MAX_UNCLAIMED_BYTES = 4 << 30
+MESSAGE_BYTES = 2048  # what this process needs for an empty one
 
 
 @dataclass(slots=True)
@@ -32,6 +36,7 @@ class MessageBox:
         self._generation = generation
         self._posted: dict[tuple[int, int], deque[_Posted]] = {}
         self._unclaimed: dict[tuple[int, int], deque[Tensor]] = {}
+        self._unclaimed_bytes: Counter[int] = Counter()
         # What is arriving on each peer's lane: the memory, and the receive it belongs to, if that was posted in time.
         self._arriving: dict[int, tuple[Tensor, _Posted | None]] = {}
 
@@ -41,6 +46,7 @@ class MessageBox:
         unclaimed = self._unclaimed.get((src, tag))
         if unclaimed:
             message = unclaimed.popleft()
+            self._unclaimed_bytes[src] -= message.nbytes + MESSAGE_BYTES
             if not unclaimed:  # tags are often used once: do not keep an empty queue of each
                 del self._unclaimed[(src, tag)]
             self._deliver(posted, message, src, tag)
@@ -74,6 +80,12 @@ class MessageBox:
             posted = queue.popleft() if queue else None
         if posted is None:
             self._unclaimed.setdefault((lane.peer, prelude.tag), deque()).append(memory)
+            self._unclaimed_bytes[lane.peer] += memory.nbytes + MESSAGE_BYTES
+            if self._unclaimed_bytes[lane.peer] > MAX_UNCLAIMED_BYTES:
+                raise CollectiveMismatch(
+                    f"rank {lane.peer} has sent more than {MAX_UNCLAIMED_BYTES} bytes of messages that this rank does "
+                    "not receive"
+                )
         else:
             self._deliver(posted, memory, lane.peer, prelude.tag)
 

@@ -1,7 +1,8 @@
 """The communicator's one non-blocking loop: it sends, receives and runs the collectives' generators.
 
 Whoever waits runs the loop itself; while nobody waits, a background thread does, so that bytes move while the training
-thread computes. Exactly one thread drives at any time.
+thread computes. Exactly one thread drives at any time. Small calls are often waited for at once, and waking a thread
+costs as much as they do: whoever submits one runs the loop once, and the background thread comes ATTEND_SECONDS later.
 
 A collective is a `Call`: pieces, each a generator of ring.py or mesh.py. Calls run one after the other, in the order in
 which they were issued. Frames that come before their call begins stay in the kernel's buffer.
@@ -11,33 +12,35 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import select
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
-from smolcluster.collectives.lane import Lane
+from smolcluster.collectives.lane import Lane, Sum
+from smolcluster.collectives.shm import Swap
 from smolcluster.collectives.wire import Arrival, Steps
 from smolcluster.collectives.work import PendingWork
-from smolcluster.errors import CollectiveMismatch, FrameError, SmolError
-from smolcluster.telemetry import Telemetry
+from smolcluster.errors import CollectiveMismatch, ConnectionLost, FrameError, SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.frame import Prelude
 from smolcluster.transport.tensors import empty_for, raw_bytes
 
 logger = logging.getLogger(__name__)
 
-# Polls without sleeping before the first that sleeps: an answer on loopback or a fast LAN comes within them.
-SPINS = 50
+# How long a waiter looks without sleeping: an answer on loopback or a fast LAN comes within it.
+SPIN_SECONDS = 200e-6
+# While bytes move, sockets that no call waits for are looked at every so many turns.
+POLL_TURNS = 16
+# How long the background thread leaves a small call to its caller.
+ATTEND_SECONDS = 500e-6
 # The longest sleep of the loop. Everything that matters wakes it; this bounds the cost of what was overlooked.
 MAX_SLEEP = 0.25
-# The largest tensor that is allocated because a frame says so.
-MAX_UNSIZED_BYTES = 1 << 30
 
 
 class Call:
@@ -64,6 +67,10 @@ class Call:
         self.waiting: dict[int, int] = {}  # piece -> arrivals that it still waits for
         self.posted: dict[tuple[int, int], Arrival] = {}  # (source, piece) -> where the next payload belongs
 
+    def may_need(self, piece: int) -> bool:
+        """Whether a payload for this piece may still be needed, now or later."""
+        return piece in self.running or self.begun <= piece < self.pieces
+
 
 class ProgressLoop:
     """Drives the lanes of one communicator."""
@@ -71,26 +78,32 @@ class ProgressLoop:
     def __init__(
         self,
         name: str,
-        telemetry: Telemetry,
-        new_bytes: Callable[[], tuple[int, int]],
         on_broken: Callable[[int, SmolError], None],
+        *,
+        patience: float = math.inf,
+        spin_seconds: float = SPIN_SECONDS,
     ) -> None:
         """Start without lanes.
 
         Args:
             name: of its thread.
-            telemetry: where counters go.
-            new_bytes: (sent, received) since the last call; counted whenever a work is done.
             on_broken: called with (peer, error) when a lane broke; the owner finds out why and calls `fail`.
+            patience: after so many seconds without a byte in the middle of a frame a lane is broken.
+            spin_seconds: how long a waiter looks without sleeping.
         """
-        self._telemetry = telemetry
-        self._new_bytes = new_bytes
+        self._patience = patience
         self._on_broken = on_broken
+        self._spin_seconds = spin_seconds
         self._lanes: list[Lane] = []
         self._collective_lanes: list[Lane] = []
+        self._lane_to: dict[int, Lane] = {}  # the collective lane to each peer
         self._posted = False  # something new is expected since the lanes were last pumped
         self._state = threading.Condition()
         self._driven = False
+        self._asleep = False  # the driving thread sleeps: wake it
+        self._waiting = 0  # threads that want to drive
+        self._submitted = 0.0  # when the last small call was
+        self._attending = False  # the background thread is awake and waits until it is due
         self._stopping = False
         self._error: SmolError | None = None
         self._inbox: deque[Callable[[], None]] = deque()
@@ -111,20 +124,36 @@ class ProgressLoop:
         self._lanes.append(lane)
         if collective:
             self._collective_lanes.append(lane)
+            self._lane_to[lane.peer] = lane
 
-    def submit(self, work: PendingWork, action: Callable[[], None]) -> None:
-        """Run `action` on the driving thread, in order of submission; `work` fails if the loop does."""
+    def submit(self, work: PendingWork, action: Callable[[], None], *, is_small: bool = False) -> None:
+        """Run `action` on the driving thread, in order of submission; `work` fails if the loop does.
+
+        `is_small`: what it sends is worth no other thread; sent before this returns, where nobody else drives.
+        """
         with self._state:
-            if self._error is None and not self._stopping:
+            error = self._error
+            if error is None and self._stopping:
+                error = CollectiveMismatch("the communicator is closed")
+            if error is None:
                 self._inbox.append(action)
                 self._open_works.add(work)
-                if self._driven:
+                begins = is_small and not self._driven
+                if begins:
+                    self._driven = True
+                    self._submitted = time.monotonic()
+                if self._asleep:
                     self._wake()
-                else:
+                if not self._driven or (begins and not self._attending):
+                    self._attending = begins
                     self._state.notify_all()
-                return
-            error = self._error or CollectiveMismatch("the communicator is closed")
-        work.finish(error)
+        if error is not None:
+            work.finish(error)
+        elif begins:
+            try:
+                self._drive(None, None, once=True)
+            finally:
+                self._give()
 
     def enqueue_call(self, call: Call) -> None:
         """Queue a collective. On the driving thread."""
@@ -132,9 +161,6 @@ class ProgressLoop:
 
     def finish(self, work: PendingWork, error: SmolError | None = None, results: list[Tensor] | None = None) -> None:
         """Mark a work done. On the driving thread."""
-        sent, received = self._new_bytes()
-        self._telemetry.count("link/sent_bytes", sent)
-        self._telemetry.count("link/recv_bytes", received)
         with self._state:
             self._open_works.discard(work)
         work.finish(error, results)
@@ -146,13 +172,22 @@ class ProgressLoop:
             left = MAX_SLEEP if deadline is None else min(MAX_SLEEP, deadline - time.monotonic())
             if left <= 0:
                 return
-            if self._take():
+            with self._state:
+                if self._driven:  # the background thread hands over, another waiter when it has finished
+                    self._waiting += 1
+                    if self._asleep:
+                        self._wake()
+                    self._state.wait_for(lambda: not self._driven or finished.is_set(), left)
+                    self._waiting -= 1
+                takes = not self._driven and self._error is None and not finished.is_set()
+                self._driven = self._driven or takes
+            if takes:
                 try:
                     self._drive(finished, deadline)
                 finally:
                     self._give()
-            else:
-                finished.wait(left)
+            elif self._error is not None:
+                finished.wait(left)  # `fail` is about to finish it
 
     def fail(self, error: SmolError) -> None:
         """Fail everything that is pending and all that comes. From any thread; returns at once."""
@@ -203,13 +238,6 @@ class ProgressLoop:
 
     # ---- who drives
 
-    def _take(self) -> bool:
-        with self._state:
-            if self._driven or self._error is not None:
-                return False
-            self._driven = True
-            return True
-
     def _give(self) -> None:
         with self._state:
             self._driven = False
@@ -221,31 +249,56 @@ class ProgressLoop:
     def _run(self) -> None:
         while True:
             with self._state:
-                self._state.wait_for(
-                    lambda: self._stopping or (not self._driven and self._error is None and self._busy())
-                )
+                self._state.wait_for(lambda: self._stopping or self._attending or self._is_unattended())
+                while self._attending and not self._stopping:
+                    left = self._submitted + ATTEND_SECONDS - time.monotonic()
+                    if left <= 0:
+                        self._attending = False
+                    else:
+                        self._state.wait(left)
                 if self._stopping:
                     return
+                if not self._is_unattended():
+                    continue
                 self._driven = True
             try:
                 self._drive(None, None)
             finally:
                 self._give()
 
-    def _drive(self, finished: threading.Event | None, deadline: float | None) -> None:
-        """Run until `finished`, or for the background thread until there is nothing to do."""
-        spins = 0
+    def _is_unattended(self) -> bool:
+        return not self._driven and not self._waiting and self._error is None and self._busy()
+
+    def _drive(self, finished: threading.Event | None, deadline: float | None, *, once: bool = False) -> None:
+        """Run until `finished`, or for the background thread until there is nothing to do or somebody waits."""
+        spin_until: float | None = None
+        turns = 0
         while self._error is None and not self._stopping:
             if finished is not None and finished.is_set():
                 return
-            if finished is None and not self._busy():
+            if finished is None and not once and (self._waiting or not self._busy()):
                 return
-            if deadline is not None and time.monotonic() >= deadline:
-                return
-            # The background thread never spins: it would take the interpreter from the one that computes.
-            sleep = finished is None or spins >= SPINS
             try:
-                moved = self._turn(self._sleep_seconds(deadline) if sleep else 0.0, finished)
+                if self._turn(finished, polls=turns % POLL_TURNS == POLL_TURNS - 1):
+                    spin_until = None
+                    turns += 1
+                    if once:
+                        return
+                    continue
+                if once:
+                    return
+                # The background thread never spins: it would take the interpreter from the one that computes.
+                now = time.monotonic()
+                if deadline is not None and now >= deadline:
+                    return
+                if finished is not None and spin_until is None:
+                    spin_until = now + self._spin_seconds
+                turns = POLL_TURNS - 1
+                if spin_until is None or now >= spin_until:
+                    if finished is not None and finished.is_set():
+                        return  # the bytes came together with the end of their connection: that counts as nothing moved
+                    self._check_order()
+                    self._sleep(self._sleep_seconds(deadline))
             except SmolError as error:
                 self.fail(error)
                 return
@@ -258,7 +311,14 @@ class ProgressLoop:
             except BaseException:  # Ctrl-C in the middle of a frame: what follows on that connection has no beginning
                 self.fail(SmolError("the communicator was interrupted while bytes were under way"))
                 raise
-            spins = 0 if moved else spins + 1
+
+    def _check_order(self) -> None:
+        """A frame that is not expected yet waits in its lane for a piece before it. Nothing comes if all wait so."""
+        call, awaited = self._current, [lane for lane in self._collective_lanes if lane.awaited]
+        if call is not None and awaited and not self._posted and all(lane.held for lane in awaited):
+            raise CollectiveMismatch(
+                f"rank {awaited[0].peer} does not send what this rank waits for next in {call.prelude.describe()}"
+            )
 
     def _sleep_seconds(self, deadline: float | None) -> float:
         now = time.monotonic()
@@ -272,27 +332,60 @@ class ProgressLoop:
 
     # ---- one turn of the loop
 
-    def _turn(self, sleep: float, finished: threading.Event | None) -> bool:
-        """Do all that can be done without blocking, after sleeping for at most `sleep` seconds; True if bytes moved."""
-        self._take_submissions()
-        self._advance_calls()
-        self._flush_all()
+    def _turn(self, finished: threading.Event | None, *, polls: bool) -> bool:
+        """Send and receive a little on every lane, without blocking; True if bytes moved.
+
+        Lanes that a call waits for are read at once, the others where the system says that there is something.
+        """
+        if self._inbox:
+            self._take_submissions()
+            self._advance_calls()
+        retry, self._posted = self._posted, False
+        moved = False
+        for lane in self._lanes:
+            if lane.broken:
+                continue
+            if lane.queued_bytes:
+                moved = self._guarded(lane, lane.flush) or moved
+            if retry if lane.held else lane.awaited:
+                moved = self._guarded(lane, lane.pump) or moved
+        if moved:
+            self._advance_calls()  # what arrived or was sent may have finished a call
         if finished is not None and finished.is_set():
             return True
-        retry = self._posted and any(lane.held for lane in self._lanes)
-        self._posted = False
-        ready = self._poller.poll(self._wake_in, self._lanes, 0.0 if retry else sleep)
+        return self._sleep(0.0) or moved if polls else moved
+
+    def _sleep(self, seconds: float) -> bool:
+        """Wait until a lane can be read or written, at most `seconds`, and read; True if bytes moved."""
+        if seconds > 0:
+            self._asleep = True
+            if self._inbox or self._waiting or self._stopping or self._error is not None:
+                seconds = 0.0  # somebody came before the flag was up, and woke nobody
+            elif not all(lane.prepare_sleep() for lane in self._lanes if not lane.broken):
+                seconds = 0.0
+        try:
+            ready = self._poller.poll(self._wake_in, self._lanes, seconds)
+        finally:
+            self._asleep = False
         moved = False
         now = time.monotonic()
         for lane in self._lanes:
             if lane.broken:
                 continue
             due = None if lane.held else lane.channel.due()
-            if lane in ready or (lane.held and retry) or (due is not None and due <= now):
+            if lane in ready or (due is not None and due <= now):
                 moved = self._guarded(lane, lane.pump) or moved
-        self._advance_calls()  # what arrived or was sent may have finished a call
+        if seconds > 0 and not moved:
+            self._set_stalled_aside(now)
+        self._advance_calls()
         self._report_broken()
         return moved
+
+    def _set_stalled_aside(self, now: float) -> None:
+        """A frame is in memory before its first byte leaves: however long its sender computes, the rest follows."""
+        for lane in self._lanes:
+            if not lane.broken and lane.stalled_for(now) > self._patience:
+                self._set_aside(lane, ConnectionLost(f"it sent half a frame, then nothing for {self._patience:g} s"))
 
     def _fail_dependents(self, peer: int, error: SmolError) -> None:
         for lane in self._lanes:
@@ -327,26 +420,12 @@ class ProgressLoop:
                 call.begun += 1
                 call.running[piece] = call.begin(call, piece)
                 self._step(call, piece)
-            if call.running or not self._flushed():
+            if call.running or any(lane.queued_bytes for lane in self._collective_lanes):
                 return
             self._current = None
             for lane in self._collective_lanes:
                 lane.spans.call_ended()
             self.finish(call.work, results=call.on_success())
-
-    def _flushed(self) -> bool:
-        for lane in self._collective_lanes:
-            if lane.sending():
-                if not lane.broken:
-                    self._guarded(lane, lane.flush)
-                if lane.sending():
-                    return False
-        return True
-
-    def _flush_all(self) -> None:
-        for lane in self._lanes:
-            if not lane.broken:
-                self._guarded(lane, lane.flush)
 
     def _step(self, call: Call, piece: int) -> None:
         """Run a piece's generator up to its next wait."""
@@ -357,6 +436,7 @@ class ProgressLoop:
                 return
             for arrival in arrivals:
                 call.posted[(arrival.src, piece)] = arrival
+                self._lane_to[arrival.src].awaited += 1
                 self._posted = True
             if arrivals:
                 call.waiting[piece] = len(arrivals)
@@ -366,54 +446,67 @@ class ProgressLoop:
         """Run `action`; a broken connection is reported and set aside, everything else is raised."""
         try:
             return bool(action())
-        except (CollectiveMismatch, FrameError):
+        except CollectiveMismatch:
             raise
+        except FrameError as error:
+            raise FrameError(f"rank {lane.peer} sent a malformed frame: {error}") from error
         except SmolError as error:
-            lane.broken = True
-            logger.info("lane broken peer=%d reason=%s", lane.peer, error)
-            self._broken[lane] = error
+            self._set_aside(lane, error)
             return False
+
+    def _set_aside(self, lane: Lane, error: SmolError) -> None:
+        lane.broken = True
+        logger.info("lane broken peer=%d reason=%s", lane.peer, error)
+        self._broken[lane] = error
 
     # ---- Receiver of the collective lanes
 
     def expects(self, peer: int) -> bool:
         """See Receiver."""
-        return self._current is not None and any(src == peer for src, _ in self._current.posted)
+        return self._lane_to[peer].awaited > 0
 
-    def place(self, lane: Lane, prelude: Prelude, dims: bytes) -> memoryview | None:
+    def place(self, lane: Lane, prelude: Prelude, dims: bytes) -> memoryview | Sum | Swap | None:
         """See Receiver."""
         call = self._current
         if call is None:
             return None  # this rank has not called it yet
         ours = call.prelude
         if prelude.sequence > ours.sequence and prelude.generation == ours.generation:
+            if self.expects(lane.peer):  # what it sends comes in the order of its calls
+                raise CollectiveMismatch(
+                    f"rank {lane.peer} called {prelude.describe()} before it had sent its part of {ours.describe()}"
+                )
             return None  # the peer has finished this call and begun a later one
-        theirs = replace(prelude, tag=0, hop=0, nbytes=0)
-        if prelude.operation in frame.SHAPED:  # such a frame speaks of its own tensor only
-            theirs = replace(theirs, ndim=0, count=0)
-        if theirs != ours:
+        if not prelude.is_of_call(ours):
             raise CollectiveMismatch(
                 f"rank {lane.peer} called {prelude.describe()} while this rank called {ours.describe()}. Every rank "
                 "must call the same collectives in the same order"
             )
         arrival = call.posted.get((lane.peer, prelude.tag))
         if arrival is None:
+            if not call.may_need(prelude.tag):
+                raise CollectiveMismatch(
+                    f"rank {lane.peer} sent piece {prelude.tag} of {prelude.describe()}: there are {call.pieces}, or "
+                    "it came before"
+                )
             return None
         if arrival.into is None:
-            arrival.into = empty_for(prelude, frame.unpack_dims(dims, prelude, MAX_UNSIZED_BYTES))
-        view = raw_bytes(arrival.into)
-        if arrival.hop != prelude.hop or len(view) != prelude.nbytes:
+            arrival.into = empty_for(prelude, frame.unpack_dims(dims, prelude, frame.SHAPED[prelude.operation]))
+        if arrival.hop != prelude.hop or arrival.into.nbytes != prelude.nbytes:
             raise CollectiveMismatch(
                 f"rank {lane.peer} sent hop {prelude.hop} with {prelude.nbytes} bytes of {prelude.describe()}, hop "
-                f"{arrival.hop} with {len(view)} bytes was expected"
+                f"{arrival.hop} with {arrival.into.nbytes} bytes was expected"
             )
-        return view
+        if arrival.op is None:
+            return raw_bytes(arrival.into)
+        return lane.swap or lane.sum_into(arrival.into, arrival.op)
 
     def arrived(self, lane: Lane, prelude: Prelude) -> None:
         """See Receiver."""
         call = self._current
         assert call is not None
         del call.posted[(lane.peer, prelude.tag)]
+        lane.awaited -= 1
         call.waiting[prelude.tag] -= 1
         if call.waiting[prelude.tag] == 0:
             self._step(call, prelude.tag)

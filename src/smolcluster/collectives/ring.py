@@ -7,11 +7,10 @@ Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for cl
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from smolcluster.collectives.base import ReduceOp
-from smolcluster.collectives.wire import Steps, Wire, combine, finish_average
+from smolcluster.collectives.wire import Steps, Wire, finish_average
 
 
 def ring_all_reduce(wire: Wire, chunks: list[Tensor], op: ReduceOp) -> Steps:
@@ -36,13 +35,9 @@ def ring_reduce_scatter(wire: Wire, chunks: list[Tensor], op: ReduceOp) -> Steps
     """
     n, rank = wire.world_size, wire.rank
     right, left = (rank + 1) % n, (rank - 1) % n
-    scratch = torch.empty_like(max(chunks, key=Tensor.numel))
     for hop in range(n - 1):
-        outgoing, mine = chunks[(rank - 1 - hop) % n], chunks[(rank - 2 - hop) % n]
-        incoming = scratch[: mine.numel()]
-        wire.send(right, outgoing)
-        yield [wire.expect(left, into=incoming)]
-        combine(mine, incoming, op)
+        wire.send(right, chunks[(rank - 1 - hop) % n])
+        yield [wire.expect(left, into=chunks[(rank - 2 - hop) % n], op=op)]
     finish_average(chunks[rank], op, n)
 
 

@@ -6,10 +6,10 @@ This file maps each call to pieces of an algorithm of ring.py or mesh.py; progre
 
 from __future__ import annotations
 
-import json
+import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -18,13 +18,16 @@ from torch import Tensor
 from smolcluster.cluster.world import World
 from smolcluster.collectives import checks, mesh, ring
 from smolcluster.collectives.base import Codec, ReduceOp
-from smolcluster.collectives.lane import Lane, Receiver
+from smolcluster.collectives.codec import ErrorFeedback
+from smolcluster.collectives.lane import CROWDED_QUANTUM_BYTES, QUANTUM_BYTES, Lane, Receiver
 from smolcluster.collectives.lane_spans import LaneSpans
 from smolcluster.collectives.messages import MessageBox
-from smolcluster.collectives.progress import Call, ProgressLoop
+from smolcluster.collectives.plan import Plan, measure_link, plan_for, plan_for_one_host
+from smolcluster.collectives.progress import SPIN_SECONDS, Call, ProgressLoop
 from smolcluster.collectives.staging import DeviceStaging, Staging
 from smolcluster.collectives.wire import Arrival, Steps
 from smolcluster.collectives.work import PendingWork
+from smolcluster.device import cores
 from smolcluster.errors import SmolError
 from smolcluster.kinds import JsonValue
 from smolcluster.telemetry import Telemetry
@@ -32,22 +35,11 @@ from smolcluster.transport import frame
 from smolcluster.transport.frame import CODECS, KIND_COLLECTIVE, KIND_MESSAGE, Prelude
 from smolcluster.transport.tensors import dtype_code, raw_bytes
 
+logger = logging.getLogger(__name__)
+
 CONNECT_TIMEOUT = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What decides which bits a reduction gives. The same on every rank of a generation.
-
-    Attributes:
-        one_round_bytes: up to this size everybody sends everything to everybody, in one hop.
-        chunk_bytes: payload of one frame of a ring; a piece has world_size chunks. 64 KiB: measured half as fast.
-        window: pieces under way at once: enough to keep all links busy, few enough to stay in the processor's cache.
-    """
-
-    one_round_bytes: int = 256 << 10
-    chunk_bytes: int = 512 << 10
-    window: int = 8
+# Up to this size a call's first bytes are sent by its caller, before any other thread is woken.
+SMALL_BYTES = 64 << 10
 
 
 class TcpCommunicator:
@@ -92,7 +84,13 @@ class TcpCommunicator:
         self._split_names: set[str] = set()
         self._order = threading.Lock()  # sequence numbers are given out in the order of submission
         self._sequence = 0
-        self._loop = ProgressLoop(f"{name} rank {self.rank}", self.telemetry, world.new_bytes, self._broken)
+        self._forget: list[Callable[[], None]] = []  # what the world is to forget of a closed group
+        self._is_crowded = world.neighbours() >= cores()
+        self._quantum_bytes = CROWDED_QUANTUM_BYTES if self._is_crowded else QUANTUM_BYTES
+        spin_seconds = 0.0 if self._is_crowded else SPIN_SECONDS  # a core that another rank could use
+        self._loop = ProgressLoop(
+            f"{name} rank {self.rank}", self._broken, patience=world.patience, spin_seconds=spin_seconds
+        )
         self._box = MessageBox(self._loop, self.generation)
         self._collective_lanes: dict[int, Lane] = {}
         self._message_lanes: dict[int, Lane] = {}
@@ -104,11 +102,39 @@ class TcpCommunicator:
                     p2p = self._lane(peer, member, "p2p", self._box, timeout)
                     self._loop.add_lane(p2p, collective=False)
                     self._collective_lanes[peer], self._message_lanes[peer] = bulk, p2p
-                    world.watch_queue(member, partial(_queued_bytes, bulk, p2p))
+                    self._forget.append(world.watch_queue(member, partial(_queued_bytes, bulk, p2p)))
         except BaseException:
             self._loop.close()
+            self._be_forgotten()
             raise
-        world.on_failure(self._loop.fail)
+        self._shares_pair = self.world_size == 2 and self._collective_lanes[1 - self.rank].shares_memory
+        self._forget.append(world.on_failure(self._loop.fail))
+        self.telemetry.add_source(self._count_bytes)
+
+    @property
+    def plan(self) -> Plan:
+        """How tensors are cut. Communicators that are split off later have the same."""
+        return self._plan
+
+    def tune(self, plan: Plan | None = None) -> None:
+        """Agree on rank 0's plan; blocks, and every rank calls it while nothing else is under way.
+
+        Args:
+            plan: that of the checkpoint which the run goes on from; None: made for the links, which are measured.
+        """
+        if self.world_size == 1:
+            return
+        is_one_host = self._world.neighbours() + 1 == self._world.world_size
+        if not self.exchange(plan is not None or is_one_host)[0]:
+            link = measure_link(self)
+            plan = plan_for(self.world_size, link)
+            logger.info("links measured rank=%d hop_s=%.6f bytes_per_s=%.0f", self.rank, *astuple(link))
+        elif plan is None:
+            plan = plan_for_one_host(is_crowded=self._is_crowded)
+        decided = self.exchange(plan.to_json())[0]
+        if isinstance(decided, dict):
+            self._plan = Plan.from_json(decided)
+        logger.info("collectives planned rank=%d plan=%s", self.rank, self._plan)
 
     @property
     def world(self) -> World:
@@ -117,20 +143,28 @@ class TcpCommunicator:
 
     # ---- collectives
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None) -> PendingWork:
+    def all_reduce(
+        self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | ErrorFeedback | None = None
+    ) -> PendingWork:
         checks.check_all_reduce(tensor, op, codec)
         host = self._staging.to_host(tensor.detach())
         flat = host.view(-1)
         small = flat.nbytes <= self._plan.one_round_bytes and codec is None
-        span = flat.numel() if small else self._chunk_elements(flat) * self.world_size
+        swaps = self._shares_pair and codec is None
+        span = flat.numel() if small or swaps else self._chunk_elements(flat) * self.world_size
 
         def begin(wire: _PieceWire, piece: int) -> Steps:
             part = flat[piece * span : (piece + 1) * span]
+            if swaps:
+                return wire.swap_all_reduce(part, op)
             if small:
                 return mesh.one_round_all_reduce(wire, part, op)
             chunks = list(part.tensor_split(self.world_size))
             if codec is None:
                 return ring.ring_all_reduce(wire, chunks, op)
+            if isinstance(codec, ErrorFeedback):
+                residuals = list(codec.residual[piece * span : (piece + 1) * span].tensor_split(self.world_size))
+                return mesh.feedback_all_reduce(wire, chunks, residuals, op, codec.codec)
             return mesh.mesh_all_reduce(wire, chunks, op, codec)
 
         return self._collective(
@@ -213,7 +247,7 @@ class TcpCommunicator:
         mine = torch.frombuffer(bytearray(checks.encode_message(message)), dtype=torch.uint8)
         work = self._exchange(frame.OP_EXCHANGE, [mine] * self.world_size)
         work.wait(timeout)
-        return [json.loads(bytes(raw_bytes(part))) for part in work.result()]
+        return [checks.decode_message(bytes(raw_bytes(part)), rank) for rank, part in enumerate(work.result())]
 
     def barrier(self, timeout: float | None = None) -> None:
         self._exchange(frame.OP_BARRIER, [torch.empty(0, dtype=torch.uint8)] * self.world_size).wait(timeout)
@@ -238,7 +272,7 @@ class TcpCommunicator:
             else:
                 lane.enqueue(prelude, buffers, on_sent=lambda error: self._loop.finish(work, error))
 
-        self._loop.submit(work, begin)
+        self._loop.submit(work, begin, is_small=host.nbytes <= SMALL_BYTES)
         return work
 
     def recv(self, src: int, tag: int, out: Tensor | None = None) -> PendingWork:
@@ -288,22 +322,33 @@ class TcpCommunicator:
 
     def close(self) -> None:
         self._loop.close()
+        self._be_forgotten()
+        self.telemetry.remove_source(self._count_bytes)
         if self._owns_world:
             self._world.leave()
             self._world.close()
 
     # ---- helpers
 
+    def _be_forgotten(self) -> None:
+        while self._forget:
+            self._forget.pop()()
+
+    def _count_bytes(self) -> None:
+        sent, received = self._world.new_bytes()
+        self.telemetry.count("link/sent_bytes", sent)
+        self.telemetry.count("link/recv_bytes", received)
+
     def _lane(self, peer: int, member: int, kind: str, receiver: Receiver, timeout: float) -> Lane:
         channel = self._world.open_channel(member, f"{kind}:{self._name}", timeout)
         spans = LaneSpans(self.telemetry, self._name, self._world.rank, member, messages=kind == "p2p")
-        return Lane(peer, channel, receiver, spans)
+        return Lane(peer, channel, receiver, spans, quantum_bytes=self._quantum_bytes)
 
     def _broken(self, peer: int, error: SmolError) -> None:
         self._world.suspect(self._members[peer], error, lambda left: self._loop.depart(peer, left))
 
     def _chunk_elements(self, tensor: Tensor) -> int:
-        return max(1, self._plan.chunk_bytes // tensor.element_size())
+        return self._plan.chunk_elements(tensor.numel(), tensor.element_size(), self.world_size)
 
     def _exchange(self, operation: int, outgoing: list[Tensor]) -> PendingWork:
         arrivals: list[Arrival] = []
@@ -329,7 +374,7 @@ class TcpCommunicator:
         *,
         pieces: int,
         reduce: ReduceOp | None = None,
-        codec: Codec | None = None,
+        codec: Codec | ErrorFeedback | None = None,
         first_hop: int = 0,
         last: Callable[[], object] | None = None,
         restore: Sequence[tuple[Tensor, Tensor]] = (),
@@ -367,7 +412,8 @@ class TcpCommunicator:
                         pass
                 work.finish(results=on_success())
             else:
-                self._loop.submit(work, lambda: self._loop.enqueue_call(call))
+                is_small = like.nbytes <= SMALL_BYTES
+                self._loop.submit(work, lambda: self._loop.enqueue_call(call), is_small=is_small)
         return work
 
 
@@ -390,18 +436,23 @@ class _PieceWire:
     def send(self, dst: int, data: Tensor) -> None:
         hop = self._sent.get(dst, self._first_hop)
         self._sent[dst] = hop + 1
-        p = self._prelude
-        prelude = Prelude(
-            p.kind, p.operation, p.reduce, p.dtype, p.codec, p.generation, self._piece, hop, p.sequence,
-            data.numel() if self._shapes else p.count, data.nbytes,
-        )  # fmt: skip
+        p, nbytes = self._prelude, data.nbytes
+        count = data.numel() if self._shapes else p.count
+        prelude = Prelude(*p[:6], self._piece, hop, p.sequence, count, nbytes)
         head = frame.pack(prelude, tuple(data.shape) if self._shapes else ())
         self._comm._collective_lanes[dst].enqueue(prelude, [memoryview(head), raw_bytes(data)])
 
-    def expect(self, src: int, into: Tensor | None) -> Arrival:
+    def expect(self, src: int, into: Tensor | None, op: ReduceOp | None = None) -> Arrival:
         hop = self._received.get(src, self._first_hop)
         self._received[src] = hop + 1
-        return Arrival(src, into, hop)
+        return Arrival(src, into, hop, op)
+
+    def swap_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Steps:
+        """Two ranks that share memory: see shm.py."""
+        peer, p = 1 - self.rank, self._prelude
+        prelude = Prelude(*p[:6], self._piece, 0, p.sequence, p.count, tensor.nbytes)
+        self._comm._collective_lanes[peer].begin_swap(prelude, tensor, op)
+        yield [Arrival(peer, tensor, 0, op)]
 
 
 def _queued_bytes(*lanes: Lane) -> int:

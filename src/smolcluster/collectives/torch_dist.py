@@ -23,6 +23,7 @@ from torch import Tensor
 
 from smolcluster.collectives import checks
 from smolcluster.collectives.base import Codec, ReduceOp, Work
+from smolcluster.collectives.codec import ErrorFeedback
 from smolcluster.collectives.staging import DeviceStaging, Staging
 from smolcluster.collectives.torch_group import (
     CLOSE,
@@ -177,7 +178,9 @@ class TorchCommunicator:
 
     # ---- collectives
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None) -> Work:
+    def all_reduce(
+        self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | ErrorFeedback | None = None
+    ) -> Work:
         checks.check_all_reduce(tensor, op, codec)
         self._check_dtype(tensor)
         host, restore = self._stage(tensor)
@@ -185,8 +188,9 @@ class TorchCommunicator:
         def run() -> list[Tensor]:
             flat = host.view(-1)
             if codec is not None:
+                plain = codec.codec if isinstance(codec, ErrorFeedback) else codec
                 gathered = gather_bytes(self._group, _encoded(flat, codec), self.world_size)
-                _reduce_encoded(flat, gathered, op, codec)
+                _reduce_encoded(flat, gathered, op, plain)
             else:
                 wait(dist.all_reduce(flat, op=_torch_op(op), group=self._group, async_op=True))
                 finish_average(flat, op, self.world_size)
@@ -482,9 +486,15 @@ def _torch_op(op: ReduceOp) -> dist.ReduceOp.RedOpType:
     return dist.ReduceOp.MAX if op == ReduceOp.MAX else dist.ReduceOp.SUM
 
 
-def _encoded(flat: Tensor, codec: Codec) -> Tensor:
-    out = torch.empty(codec.encoded_nbytes(flat.numel()), dtype=torch.uint8, device=flat.device)
-    codec.encode(flat, out)
+def _encoded(flat: Tensor, codec: Codec | ErrorFeedback) -> Tensor:
+    plain = codec.codec if isinstance(codec, ErrorFeedback) else codec
+    out = torch.empty(plain.encoded_nbytes(flat.numel()), dtype=torch.uint8, device=flat.device)
+    if isinstance(codec, ErrorFeedback):
+        residual = codec.residual.to(flat.device)  # itself, but with NCCL
+        codec.codec.encode_with_feedback(flat, residual, out)
+        codec.residual.copy_(residual)
+    else:
+        codec.encode(flat, out)
     return out
 
 
@@ -507,6 +517,6 @@ def _shapes(tensors: Sequence[Tensor]) -> bytes:
     return json.dumps([list(tensor.shape) for tensor in tensors]).encode()
 
 
-def _describe(tensor: Tensor, codec: Codec | None = None) -> str:
+def _describe(tensor: Tensor, codec: Codec | ErrorFeedback | None = None) -> str:
     encoded = "" if codec is None else f" as {codec.name}"
     return f"{tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}{encoded}"

@@ -2,9 +2,9 @@
 
 An algorithm is a generator. It queues sends, and yields the arrivals that it needs before it can go on:
 
-    wire.send(right, chunk)
-    yield [wire.expect(left, into=scratch)]
-    chunk += scratch
+    wire.send(right, chunks[0])
+    yield [wire.expect(left, into=chunks[1], op=ReduceOp.SUM)]
+    wire.send(right, chunks[1])
 
 The communicator's loop (progress.py) runs many such generators at once, one for each piece of a tensor, on one thread,
 so that sending, receiving and adding overlap. A sent tensor may not be changed before the receiver must have it.
@@ -22,14 +22,15 @@ from smolcluster.collectives.base import ReduceOp
 
 
 class Arrival:
-    """A payload that is expected from one rank, received straight into `into` (flat, contiguous, CPU)."""
+    """A payload that is expected from one rank: received straight into `into` (flat, contiguous, CPU), or added."""
 
-    __slots__ = ("hop", "into", "src")
+    __slots__ = ("hop", "into", "op", "src")
 
-    def __init__(self, src: int, into: Tensor | None, hop: int) -> None:
+    def __init__(self, src: int, into: Tensor | None, hop: int, op: ReduceOp | None = None) -> None:
         self.src = src
         self.into = into  # None: allocated from the frame's own shape
         self.hop = hop
+        self.op = op  # combine what arrives with `into`, instead of overwriting it
 
 
 Steps = Generator[Sequence[Arrival], None, None]
@@ -45,8 +46,8 @@ class Wire(Protocol):
         """Queue a contiguous CPU tensor for `dst`; returns at once."""
         ...
 
-    def expect(self, src: int, into: Tensor | None) -> Arrival:
-        """Say where the next payload from `src` belongs."""
+    def expect(self, src: int, into: Tensor | None, op: ReduceOp | None = None) -> Arrival:
+        """Say where the next payload from `src` belongs; with `op` it is combined with what stands there."""
         ...
 
 

@@ -383,9 +383,9 @@ class ClusterConfig(Section):
     """Memory of the machines in GiB, for all hosts or per host; only for the warning that a model will not fit. null,
     or a host that is not in the map: as much as this machine."""
     shared_memory: Literal["auto", "off"] = "auto"
-    """Exchange in shared memory between ranks of one host where it can."""
+    """auto: ranks at one address exchange tensors in shared memory where they can. off: over TCP. Backend tcp."""
     tls: bool = False
-    """Encrypt all connections."""
+    """Encrypt all connections between ranks, alike on every machine. Backend tcp; needs the extra `tls`."""
 
     track_network_metrics: bool = True
     """Write bandwidth, round-trip time and buffer use of every link into the metrics."""

@@ -20,13 +20,14 @@ from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.monitoring.summary import RANK_KEYS, RUN_KEYS
 from smolcluster.monitoring.wandb_process import DroppingQueue, end_descendants
+from smolcluster.transport.security import TOKEN_VARIABLE
 
 # Offline everything is written within a second. Online a slow line gets so long to send what is still on the way.
 FINISH_S = 10.0
 # A run that was stopped or that failed has its own limits to keep.
 HURRY_S = 0.5
 # Would make all ranks one run, or belong to another process of wandb's; and what is none of its business.
-_NOT_PASSED_ON = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SERVICE", "SMOLCLUSTER_TOKEN")
+_NOT_PASSED_ON = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_SERVICE", TOKEN_VARIABLE)
 _END = ""
 
 

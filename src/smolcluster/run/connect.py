@@ -19,9 +19,10 @@ from smolcluster.device import prepare_process
 from smolcluster.errors import ConfigError, RendezvousTimeout
 from smolcluster.kinds import Backend
 from smolcluster.run.launcher import Launch, launch_from_environment
+from smolcluster.run.support import exposure
 from smolcluster.transport.base import Listener
 from smolcluster.transport.security import load_token
-from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen
+from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen, parse_address
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,11 @@ _LEADER_KEY = "smolcluster/leader"
 
 
 def connect(
-    backend: Backend = "tcp", *, patience: float = DEFAULT_PATIENCE, token_file: Path | None = None
+    backend: Backend = "tcp",
+    *,
+    patience: float = DEFAULT_PATIENCE,
+    token_file: Path | None = None,
+    tls: bool = False,
 ) -> Communicator:
     """The communicator of this process: the launcher's job, or world size 1 without one.
 
@@ -44,6 +49,7 @@ def connect(
         backend: our own TCP engine, or torch.distributed's gloo or nccl.
         patience: seconds until a silent rank counts as lost.
         token_file: where the cluster token is, for tcp; None: `SMOLCLUSTER_TOKEN`, or the user's config folder.
+        tls: encrypt all connections, for tcp.
 
     Raises:
         ConfigError: the launcher's variables or the token are wrong.
@@ -54,8 +60,19 @@ def connect(
     if launch is None or launch.world_size == 1:
         return alone()
     if backend != "tcp":
+        if tls:
+            raise ConfigError(f"tls is of backend tcp; {backend} does not encrypt")
         return join_torch(backend, launch.rank, launch.world_size, "env://", patience)
-    return join_launch(launch, load_token(token_file), patience=patience, options={})[1]
+    world, comm = join_launch(launch, load_token(token_file), patience=patience, options={}, tls=tls)
+    warning = exposed(world, tls=tls)
+    if warning and launch.rank == 0:
+        logger.warning("%s", warning)
+    return comm
+
+
+def exposed(world: World, *, tls: bool) -> str | None:
+    """What to warn of now that all addresses are known; see support.exposure."""
+    return exposure([parse_address(member.address)[0] for member in world.view().members], tls=tls)
 
 
 def alone() -> Communicator:
@@ -75,6 +92,7 @@ def join_tcp(
     patience: float,
     options: Mapping[str, str],
     buffer_bytes: int | None = None,
+    tls: bool = False,
 ) -> tuple[World, Communicator]:
     """Meet the other ranks and open the connections to them; blocks until all are there.
 
@@ -89,6 +107,7 @@ def join_tcp(
         patience: seconds until a silent rank counts as lost.
         options: what must be equal on all ranks.
         buffer_bytes: of the sockets that this rank dials; the listener has its own. None: the kernel tunes.
+        tls: whether the sockets that this rank dials are encrypted; the listener's must be alike.
 
     Raises:
         RendezvousTimeout: not all came in time.
@@ -105,7 +124,7 @@ def join_tcp(
         patience=patience,
         timeout=JOIN_PATIENCES * patience,
         options=options,
-        network=TcpNetwork(token, TcpOptions(patience, buffer_bytes)),
+        network=TcpNetwork(token, TcpOptions(patience, buffer_bytes, tls)),
     )
     return world, TcpCommunicator(world)
 
@@ -134,7 +153,13 @@ def join_torch(
 
 
 def join_launch(
-    launch: Launch, token: bytes, *, patience: float, options: Mapping[str, str], buffer_bytes: int | None = None
+    launch: Launch,
+    token: bytes,
+    *,
+    patience: float,
+    options: Mapping[str, str],
+    buffer_bytes: int | None = None,
+    tls: bool = False,
 ) -> tuple[World, Communicator]:
     """Join a launcher's job over our TCP engine; blocks until all ranks are there.
 
@@ -147,7 +172,8 @@ def join_launch(
         at, port = host, 0 if launch.agent_store else launch.master_port
     else:
         at, port = _address_towards(host, launch.master_port), 0
-    listener = listen(at, port, token=token, run_id=run_id, options=TcpOptions(patience, buffer_bytes))
+    options_here = TcpOptions(patience, buffer_bytes, tls)
+    listener = listen(at, port, token=token, run_id=run_id, rank=launch.rank, options=options_here)
     leader_address = f"tcp://{host}:{launch.master_port}"
     if launch.agent_store:
         leader_address = _through_agent_store(launch, listener.address, JOIN_PATIENCES * patience)
@@ -163,6 +189,7 @@ def join_launch(
         patience=patience,
         options=options,
         buffer_bytes=buffer_bytes,
+        tls=tls,
     )
 
 

@@ -139,7 +139,7 @@ class _LocalRun:
         # Lost is who fell silent or died; a rank that said why it stops is not lost but wrong.
         lost = sorted({failure.rank for failure in outcome.failures if failure.died})
         if not lost and outcome.failure is not None and outcome.failure.consequence:
-            lost = list(outcome.killed)
+            lost = list(outcome.killed) if outcome.failure.lost is None else [outcome.failure.lost]
         return Ran(exit_code, self._folder.path, self._folder.fail(lost, has_time=not outcome.interrupted), error)
 
     def _hear(self, rank: int, message: JsonObject) -> None:

@@ -6,10 +6,12 @@ keep their rows until the next checkpoint, or until training has ended.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
 import time
+from collections import deque
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
@@ -46,6 +48,8 @@ class Mail:
         self._reporter = reporter
         self._patience = patience
         self._kept: list[JsonObject] = []
+        self._arrived: deque[JsonObject] = deque()  # rows of other ranks; the thread that trains writes them
+        self._is_over = False  # nobody trains any more
         self._ended = threading.Semaphore(0)
         self._logs: dict[int, TextIO] = {}
         self._handler: logging.Handler | None = None
@@ -73,10 +77,16 @@ class Mail:
             logs.setLevel(self._level)
         for log in self._logs.values():
             log.close()
+        if self._folder is not None and self._world is not None:
+            # Some rows may still be on their way. A rank that the others have given up writes no more.
+            with contextlib.suppress(SmolError):
+                self._write_arrived()
+                self._is_over = True
 
     def write(self, row: JsonObject) -> None:
         """Take one row of this rank."""
         if self._folder is not None:
+            self._write_arrived()
             self._folder.write(row)
         elif self._world is not None:
             self._world.send(0, "row", {"row": row})
@@ -95,23 +105,35 @@ class Mail:
             self._world.send(0, "rows_end", {})
         else:
             self._wait_for_others(self._world, comm.world_size - 1)
+            self._write_arrived()
         if self._folder is not None:
             self._folder.sync()
         comm.barrier()
 
     def _row_of(self, message: JsonObject) -> None:
         row = message.get("row")
-        if self._folder is not None and isinstance(row, dict):
+        if not isinstance(row, dict):
+            return
+        self._arrived.append(row)
+        if self._is_over:
             try:
-                self._folder.write(row)
-            except SmolError as error:  # a full disk; this rank's own next row meets it too, and on its own thread
+                self._write_arrived()
+            except SmolError as error:  # a full disk
                 logger.error("row not written reason=%s", error)
+
+    def _write_arrived(self) -> None:
+        if self._world is not None:
+            self._world.confirm()
+        assert self._folder is not None
+        while self._arrived:
+            self._folder.write(self._arrived.popleft())
 
     def _log_of(self, rank: int, message: JsonObject) -> None:
         assert self._folder is not None
-        if rank not in self._logs:
-            self._logs[rank] = self._folder.log_path(rank).open("a", encoding="utf-8", buffering=1)
-        self._logs[rank].write(f"{message.get('line')}\n")
+        with contextlib.suppress(ValueError):  # closed: it comes after the end of the run
+            if rank not in self._logs:
+                self._logs[rank] = self._folder.log_path(rank).open("a", encoding="utf-8", buffering=1)
+            self._logs[rank].write(f"{message.get('line')}\n")
 
     def _wait_for_others(self, world: World, count: int) -> None:
         deadline = time.monotonic() + self._patience

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import json
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -23,7 +24,7 @@ import psutil
 
 from smolcluster.config.hosts import Host, members
 from smolcluster.config.schema import Config
-from smolcluster.errors import ClusterError, ConfigError, SmolError
+from smolcluster.errors import ClusterError, ConfigError, PeerLost, SmolError
 from smolcluster.log import log_to_file
 from smolcluster.monitoring.reporters import Reporter
 from smolcluster.run.folder import Ran, RunFolder
@@ -31,7 +32,7 @@ from smolcluster.run.launcher import Launch
 from smolcluster.run.mail import Mail
 from smolcluster.run.resume import ResumePoint
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
-from smolcluster.run.support import check_supported, rank_weights, shared_options, tcp_options
+from smolcluster.run.support import check_supported, exposure, rank_weights, shared_options, tcp_options
 from smolcluster.transport.security import load_token
 from smolcluster.transport.tcp import listen
 
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 # Ctrl-C ends within 10 s (CONTRACT section 2); one is left for leaving.
 STOP_LIMIT_S = 9.0
+# A lost rank ends the run within patience + 2 s. Who computes, and so hears of nothing, is ended so long after the loss
+# was noticed. That is after the patience, or with half a frame a second later.
+LOSS_LIMIT_S = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +103,8 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
     rank_weights(config, names)
     _check_interface(config, me)
     say(_role(config, hosts, me))
-    open_to_all = [host.ip for host in hosts if not _is_private(host.ip)]
-    if open_to_all:
-        say(
-            f"warning: {', '.join(open_to_all)} is not a private address: whoever is on the way can read and change "
-            "the tensors. Use addresses of your own network"
-        )
+    if warning := exposure([host.ip for host in hosts], tls=config.cluster.tls):
+        say(f"warning: {warning}")
     leader = hosts[0]
     if config.backend != "tcp":
 
@@ -119,7 +119,8 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
     token = load_token(options.token_file)
     run_id = _digest(hosts)
     sockets = tcp_options(config, me.name)
-    listener = listen(me.ip, me.port, token=token, run_id=run_id, options=sockets)  # before torch: others may knock
+    # Before torch: others may knock.
+    listener = listen(me.ip, me.port, token=token, run_id=run_id, rank=me.rank, options=sockets)
 
     def join() -> tuple[World | None, Communicator]:
         from smolcluster.run.connect import join_tcp
@@ -135,6 +136,7 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
             patience=config.cluster.patience,
             options=shared_options(config),
             buffer_bytes=sockets.buffer_bytes,
+            tls=sockets.tls,
         )
 
     with contextlib.closing(listener):
@@ -149,16 +151,25 @@ def run_launched(config: Config, launch: Launch, options: NodeOptions) -> Ran:
     patience = config.cluster.patience
 
     def join() -> tuple[World | None, Communicator]:
-        from smolcluster.run.connect import alone, join_launch, join_torch
+        from smolcluster.run.connect import alone, exposed, join_launch, join_torch
 
         if launch.world_size == 1:
             return None, alone()
         if config.backend == "tcp":
             token = load_token(options.token_file)
-            buffer_bytes = tcp_options(config).buffer_bytes
-            return join_launch(
-                launch, token, patience=patience, options=shared_options(config), buffer_bytes=buffer_bytes
+            sockets = tcp_options(config)
+            world, comm = join_launch(
+                launch,
+                token,
+                patience=patience,
+                options=shared_options(config),
+                buffer_bytes=sockets.buffer_bytes,
+                tls=sockets.tls,
             )
+            warning = exposed(world, tls=sockets.tls)
+            if warning and launch.rank == 0:
+                options.reporter.note(f"warning: {warning}")
+            return world, comm
         return None, join_torch(config.backend, launch.rank, launch.world_size, "env://", patience)
 
     return _NodeRun(config, launch.rank, names, options, local_rank=launch.local_rank).run(join)
@@ -199,11 +210,14 @@ class _NodeRun:
 
                 parts = prepare(self._config, self._rank, self._names, self._local_rank)
                 world, comm = join()
+                trained = threading.Event()
+                if world is not None:
+                    world.on_failure(partial(self._end_in_time, world, folder, trained))
                 training.set()
                 if self._stop.is_set():
                     raise KeyboardInterrupt
                 try:
-                    return self._train_connected(parts, world, comm, folder)
+                    return self._train_connected(parts, world, comm, folder, trained)
                 except Exception as error:
                     # Only rank 0 has a log. Elsewhere this goes to the terminal: there a traceback is for our mistakes.
                     if folder is not None or not isinstance(error, SmolError):
@@ -212,13 +226,37 @@ class _NodeRun:
                     lost = list(world.lost) if world is not None else []
                     if world is not None:
                         comm.close()  # before the folder: late rows of the others may not find it closed
-                    summary = folder.fail(lost) if folder is not None else None
+                    # Whom the others have given up writes no more: another run may go on in the folder.
+                    summary = folder.fail(lost) if folder is not None and self._rank not in lost else None
+                    trained.set()
                     code = error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
                     return Ran(code, out, summary, _message(self._rank, error))
         except KeyboardInterrupt:
             return Ran(EXIT_INTERRUPTED, out, folder.fail(has_time=False) if folder is not None else None)
 
-    def _train_connected(self, parts: Parts, world: World | None, comm: Communicator, folder: RunFolder | None) -> Ran:
+    def _end_in_time(self, world: World, folder: RunFolder | None, trained: threading.Event, error: SmolError) -> None:
+        """A rank is lost: end this process, unless `trained` is set soon, even if it computes for long."""
+
+        def leave() -> None:
+            if trained.wait(LOSS_LIMIT_S):
+                return
+            self._options.reporter.close()
+            sys.stderr.write(f"error: {error}\n")
+            if folder is not None and self._rank not in world.lost:
+                folder.fail(world.lost)
+            os._exit(error.exit_code)
+
+        if isinstance(error, PeerLost):
+            threading.Thread(target=leave, name="loss-watchdog", daemon=True).start()
+
+    def _train_connected(
+        self,
+        parts: Parts,
+        world: World | None,
+        comm: Communicator,
+        folder: RunFolder | None,
+        trained: threading.Event,
+    ) -> Ran:
         from smolcluster.run.session import run_rank
         from smolcluster.training.role import RunContext
 
@@ -235,6 +273,9 @@ class _NodeRun:
                 name=self._names[self._rank],
                 deliver=mail.deliver,
             )
+        trained.set()
+        if world is not None:
+            world.confirm()
         if result.note is not None:
             self._options.reporter.note(result.note)
         code = EXIT_INTERRUPTED if result.stopped else 0
@@ -320,13 +361,6 @@ def _check_interface(config: Config, me: Host) -> None:
             f"cluster.interface {name} has the addresses {', '.join(addresses)}, but the cluster file gives {me.name} "
             f"{me.ip}. Correct one of them"
         )
-
-
-def _is_private(ip: str) -> bool:
-    try:
-        return ipaddress.ip_address(ip).is_private
-    except ValueError:
-        return True  # a host name: where it leads is not known here
 
 
 def _digest(hosts: Sequence[Host]) -> str:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from smolcluster.config.schema import Config
 from smolcluster.errors import ClusterError, CollectiveTimeout, PeerLost, RendezvousTimeout, SmolError, TransportError
@@ -40,12 +40,12 @@ _PROGRESS_INTERVAL_S = 0.1
 class Bootstrap(BaseModel):
     """The first message that a rank gets. Holds the token: never logged."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     rank: int
     names: list[str]
     config: Config
-    token: str
+    token: str = Field(repr=False)
     """In hex."""
     run_id: str
     init_file: str | None
@@ -128,6 +128,7 @@ class _Rank:
     def __init__(self, link: ParentLink, start: Bootstrap) -> None:
         self._link = link
         self._start = start
+        self._told: BaseException | None = None  # the error of which the parent knows
 
     def run(self) -> int:
         """Train; returns the exit code."""
@@ -136,7 +137,8 @@ class _Rank:
         listener = None
         if over_tcp:
             sockets = tcp_options(start.config)
-            listener = listen(LOOPBACK, 0, token=bytes.fromhex(start.token), run_id=start.run_id, options=sockets)
+            token = bytes.fromhex(start.token)
+            listener = listen(LOOPBACK, 0, token=token, run_id=start.run_id, rank=start.rank, options=sockets)
             self._link.tell({"event": "listening", "address": listener.address})
 
         # From here on torch is imported.
@@ -148,6 +150,8 @@ class _Rank:
         world, comm = self._join(listener)
         stop = threading.Event()
         self._link.attach(stop.set, comm.abort)
+        if world is not None:
+            world.on_failure(self._tell_of_loss)
         try:
             result = run_rank(
                 parts,
@@ -185,6 +189,7 @@ class _Rank:
                 patience=start.config.cluster.patience,
                 options=shared_options(start.config),
                 buffer_bytes=tcp_options(start.config).buffer_bytes,
+                tls=start.config.cluster.tls,
             )
         if start.world_size == 1:
             return None, alone()
@@ -192,13 +197,21 @@ class _Rank:
         method, patience = Path(start.init_file).absolute().as_uri(), start.config.cluster.patience
         return None, join_torch(start.config.backend, start.rank, start.world_size, method, patience)
 
+    def _tell_of_loss(self, error: SmolError) -> None:
+        """At once, on the thread that notices it: this rank may compute for long before it needs the lost one."""
+        if self._told is None:
+            self._told = error
+            self._link.tell(error_event(self._start.rank, error, self._start.log_path, consequence=True))
+
     def _fail(self, error: Exception, world: World | None, comm: Communicator) -> int:
         """Tell the parent first: what the other ranks say then counts as a consequence. Then end the other ranks."""
         logger.exception("rank failed rank=%d", self._start.rank)
         told_by_others = world is not None and world.error() is not None
         consequence = told_by_others or is_consequence(error)
         event = error_event(self._start.rank, error, self._start.log_path, consequence=consequence)
-        self._link.tell(event)
+        if self._told is not error:
+            self._told = error
+            self._link.tell(event)
         comm.abort(error if isinstance(error, SmolError) else ClusterError(str(event["message"])))
         return error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
 

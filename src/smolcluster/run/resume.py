@@ -60,6 +60,8 @@ class RunMeta(BaseModel):
     """Where the data goes on."""
     restarts: int = 0
     """How often the run was resumed before."""
+    collectives: dict[str, JsonValue] | None = None
+    """How tensors were cut when they were reduced (collectives/plan.py), which decides a sum's last bits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from torch import nn
 from smolcluster.checkpoint.ranks import SharedReader, save_from_all_ranks
 from smolcluster.checkpoint.store import discard_after, open_checkpoint, prune
 from smolcluster.collectives.base import Communicator
+from smolcluster.collectives.plan import Plan
+from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.config.schema import reads_text
 from smolcluster.data.loader import BatchLoader
 from smolcluster.kinds import JsonObject
@@ -81,6 +83,9 @@ def run_rank(
     reader = SharedReader.open(comm, checkpoint)
     meta = None if reader is None else RunMeta.model_validate(reader.meta)
     restarts = 0 if meta is None else meta.restarts + 1
+    if isinstance(comm, TcpCommunicator):
+        kept = None if meta is None or meta.world_size != comm.world_size else meta.collectives
+        comm.tune(None if kept is None else Plan.from_json(kept))
     saver = _Saver(parts, comm, checkpoints, restarts, deliver) if comm.exchange(checkpoints is not None)[0] else None
     recording = RunTrace(comm, trace, name or f"rank{comm.rank}") if comm.exchange(trace is not None)[0] else None
     assembly = assemble(
@@ -200,14 +205,21 @@ class _Saver:
             rank_samples=comm.exchange(progress.rank_samples),
             position=loader.position(),
             restarts=self._restarts,
+            collectives=comm.plan.to_json() if isinstance(comm, TcpCommunicator) else None,
         )
-        save_from_all_ranks(comm, self._folder, progress.steps, shards, meta.model_dump(mode="json"))
+        save_from_all_ranks(comm, self._folder, progress.steps, shards, meta.model_dump(mode="json"), self._confirm)
         if self._folder is not None:
+            self._confirm()
             keep = config.checkpoint.keep
             if keep is not None and progress.is_drained:
                 keep = max(keep, 2)  # a longer run goes on from the one before, in which the last gradients wait
             prune(self._folder, keep)
             logger.info("checkpoint written step=%d", progress.steps)
+
+    def _confirm(self) -> None:
+        """A rank that was suspended, and is lost to the others, writes nothing more."""
+        if isinstance(self._comm, TcpCommunicator):
+            self._comm.world.confirm()
 
 
 class _Extended:

@@ -25,7 +25,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
 
+import psutil
+
 from smolcluster.kinds import JsonObject
+from smolcluster.transport.security import TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,9 @@ STOP_GRACE_S = 7.5
 CONSEQUENCE_GRACE_S = 1.5
 # Once only ranks are left that the others call lost, they get this long: one may be about to say why it fails.
 LOST_GRACE_S = 0.5
+# Looks per patience whether a child was suspended (SIGSTOP): it cannot say so, and before all ranks have joined nobody
+# else notices.
+LOOKS_PER_PATIENCE = 10
 # On Windows a waiting main thread is not woken by Ctrl-C: it has to look up now and then for the handler to run.
 _LONGEST_WAIT_S = 0.2 if os.name == "nt" else None
 
@@ -52,7 +58,7 @@ class ChildSpec:
         command: program and arguments. Nothing secret: every user of the machine can read them.
         bootstrap: its first message on stdin; may be secret.
         log_path: where its stderr goes, appended.
-        environment: added to this process's environment. Nothing secret.
+        environment: added to this process's environment, of which it gets all but the token. Nothing secret.
     """
 
     rank: int
@@ -111,7 +117,13 @@ class _Interrupted:
     signum: int
 
 
-_Seen = _Said | _Ended | _Interrupted
+@dataclass(frozen=True, slots=True)
+class _Suspended:
+    rank: int
+    seconds: float
+
+
+_Seen = _Said | _Ended | _Interrupted | _Suspended
 
 
 class _Child:
@@ -131,12 +143,14 @@ class _Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **spec.environment} if spec.environment else None,
+                env=_environment(spec),
                 # A group of its own: the terminal's Ctrl-C reaches only this process, which then tells the children.
                 start_new_session=True,
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
         self.pid = self._process.pid
+        self._state = psutil.Process(self.pid)
+        self._stopped_at: float | None = None
         self._reader = threading.Thread(target=self._read, name=f"rank{self.rank}-stdout", daemon=True)
         self._waiter = threading.Thread(target=self._wait, name=f"rank{self.rank}-wait", daemon=True)
         self._reader.start()
@@ -151,6 +165,16 @@ class _Child:
             self._process.stdin.flush()
         except (OSError, ValueError):
             logger.debug("rank %d did not take a message", self.rank)
+
+    def suspended_for(self, now: float) -> float:
+        """Seconds for which the system has held it (SIGSTOP), counted from call to call."""
+        is_stopped = False
+        with contextlib.suppress(psutil.Error):
+            is_stopped = self._state.status() == psutil.STATUS_STOPPED
+        if not is_stopped or self._stopped_at is None:
+            self._stopped_at = now if is_stopped else None
+            return 0.0
+        return now - self._stopped_at
 
     def kill(self) -> None:
         """End the process, and on POSIX all that it started, at once."""
@@ -217,6 +241,7 @@ class Supervisor:
         self._children: list[_Child] = []
         self._failures: list[Failure] = []
         self._deadline: float | None = None
+        self._look_at = 0.0
         self._interrupts = 0
 
     def tell(self, rank: int, message: JsonObject) -> None:
@@ -242,13 +267,26 @@ class Supervisor:
     def _next(self) -> _Seen | None:
         """The next thing seen, or None at the deadline."""
         while True:
-            left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-            waits = [wait for wait in (left, _LONGEST_WAIT_S) if wait is not None]
+            now = time.monotonic()
+            if now >= self._look_at:
+                self._look_at = now + self._patience / LOOKS_PER_PATIENCE
+                if (suspended := self._find_suspended(now)) is not None:
+                    return suspended
+            left = None if self._deadline is None else max(0.0, self._deadline - now)
+            waits = [wait for wait in (left, _LONGEST_WAIT_S, self._look_at - now) if wait is not None]
             try:
-                return self._seen.get(timeout=min(waits) if waits else None)
+                return self._seen.get(timeout=min(waits))
             except Empty:
                 if self._deadline is not None and time.monotonic() >= self._deadline:
                     return None
+
+    def _find_suspended(self, now: float) -> _Suspended | None:
+        known = {failure.lost for failure in self._failures}
+        for child in self._children:
+            seconds = 0.0 if child.ended else child.suspended_for(now)
+            if seconds > self._patience and child.rank not in known:
+                return _Suspended(child.rank, seconds)
+        return None
 
     def _handle(self, seen: _Seen | None) -> None:
         if seen is None:
@@ -256,6 +294,12 @@ class Supervisor:
             self._deadline = None  # only the ends of the killed are still to come
         elif isinstance(seen, _Interrupted):
             self._interrupt(seen.signum)
+        elif isinstance(seen, _Suspended):
+            message = (
+                f"rank {seen.rank} is lost: its process was suspended for {seen.seconds:.1f} s (cluster.patience is "
+                f"{self._patience:g})"
+            )
+            self._fail(Failure(seen.rank, message, EXIT_FAILED, consequence=True, lost=seen.rank))
         elif isinstance(seen, _Said):
             if seen.message.get("event") == "error":
                 self._fail(_reported(seen.rank, seen.message))
@@ -269,6 +313,7 @@ class Supervisor:
         child.ended = True
         logger.info("rank ended rank=%d returncode=%d", seen.rank, seen.returncode)
         stopped = self._interrupts > 0 and seen.returncode == EXIT_INTERRUPTED
+        stopped |= bool(self._failures) and seen.returncode == EXIT_FAILED  # told to end before it had begun
         explained = any(failure.rank == seen.rank for failure in self._failures)
         if seen.returncode != 0 and not (stopped or explained or child.killed):
             self._fail(Failure(seen.rank, _epitaph(child, seen.returncode), EXIT_FAILED, died=True))
@@ -341,6 +386,11 @@ class Supervisor:
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+
+
+def _environment(spec: ChildSpec) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    return {**inherited, **(spec.environment or {})}
 
 
 def _reported(rank: int, message: JsonObject) -> Failure:

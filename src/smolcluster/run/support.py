@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+from collections.abc import Iterable
 
 from smolcluster.config.schema import Config
 from smolcluster.errors import ConfigError
 from smolcluster.transport.tcp import TcpOptions
 
+# Carrier-grade NAT, which Tailscale uses, and the range for measuring networks: nobody routes them.
+_OWN_NETWORKS = (ipaddress.IPv4Network("100.64.0.0/10"), ipaddress.IPv4Network("198.18.0.0/15"))
 ALGORITHMS = ("single", "classicdp")
 
 
@@ -32,10 +36,13 @@ def check_supported(config: Config, world_size: int) -> None:
         "training.activation_checkpointing": config.training.activation_checkpointing,
     }
     if config.algorithm != "single":  # which has no cluster: so one file serves both sides of a comparison
-        later["cluster.tls"] = config.cluster.tls
         later["cluster.shares auto"] = config.cluster.shares == "auto"
-        later["cluster.compression int8"] = config.cluster.compression == "int8"
         later[f"cluster.min_ranks below {world_size} ranks"] = (config.cluster.min_ranks or world_size) < world_size
+        if config.cluster.tls and config.backend != "tcp":
+            raise ConfigError(
+                f"cluster.tls is of backend tcp; {config.backend} does not encrypt. Take cluster.tls out, or choose "
+                "--backend tcp"
+            )
     for key, is_set in later.items():
         if is_set:
             raise ConfigError(f"{key} comes in a later release. Take it out of the configuration")
@@ -80,7 +87,35 @@ def tcp_options(config: Config, host: str | None = None) -> TcpOptions:
         own = socket.gethostname()
         names = [own, own.partition(".")[0]] if host is None else [host]
         asked = next((asked[name] for name in names if name in asked), None)
-    return TcpOptions(config.cluster.patience, None if asked is None else asked << 20)
+    return TcpOptions(config.cluster.patience, None if asked is None else asked << 20, config.cluster.tls)
+
+
+def exposure(hosts: Iterable[str], *, tls: bool) -> str | None:
+    """What to warn of: hosts that tensors travel to in the clear over networks of others; None: nothing.
+
+    Args:
+        hosts: addresses or names of the run's machines. Where a name leads is not known here.
+        tls: whether the connections are encrypted.
+    """
+    public = [host for host in hosts if not _is_private(host)]
+    if tls or not public:
+        return None
+    return (
+        f"{', '.join(public)} is not a private address: whoever is on the way can read and change the tensors. Set "
+        "cluster.tls: true on every machine (backend tcp), or use addresses of your own network"
+    )
+
+
+def _is_private(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    address = mapped or address
+    if isinstance(address, ipaddress.IPv4Address) and any(address in network for network in _OWN_NETWORKS):
+        return True
+    return address.is_private or address.is_loopback or address.is_link_local
 
 
 def shared_options(config: Config) -> dict[str, str]:
@@ -96,6 +131,6 @@ def shared_options(config: Config) -> dict[str, str]:
     for key in ("model.hf_model_name", "data.tokenizer"):  # a folder may lie elsewhere on another machine
         keys[key] = str(keys[key]).replace("\\", "/").rstrip("/").rpartition("/")[2]
     keys["algorithm"] = values["algorithm"]
-    for key in ("seed", "staleness_bound", "patience", "shares", "compression", "bucket_bytes", "min_ranks"):
+    for key in ("seed", "staleness_bound", "patience", "shares", "compression", "bucket_bytes", "min_ranks", "tls"):
         keys[f"cluster.{key}"] = values["cluster"][key]
     return {key: str(value) for key, value in keys.items()}

@@ -24,11 +24,16 @@ class Hello:
         rank: the dialler's rank, or -1 while it has none.
         lane: what the connection is for: "control", "bulk:<group>" or "p2p:<group>".
         run_id: the run it belongs to. A process of an earlier run is refused by it.
+        to: the rank that is dialled. Another one refuses, so that nobody on the way can pass ranks off as each other.
+        offers_memory: the dialler would share memory with the listener (shm.py). Not proved: whoever changes it on the
+            way breaks this connection or slows it down, as he can without.
     """
 
     rank: int
     lane: str
     run_id: str
+    to: int = 0
+    offers_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

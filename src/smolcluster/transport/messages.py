@@ -35,10 +35,11 @@ class MessageCodec:
         """The message as bytes.
 
         Raises:
-            ValueError: larger than MAX_MESSAGE_BYTES.
+            ValueError: larger than MAX_MESSAGE_BYTES, or with a NaN or infinity, which JSON does not know.
         """
         # "replace": an error text may name a file whose bytes are no text, and must still travel.
-        body = json.dumps(message, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+        text = json.dumps(message, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        body = text.encode(errors="replace")
         if len(body) > MAX_MESSAGE_BYTES:
             raise ValueError(f"a control message of {len(body)} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
         head = _HEAD.pack(len(body), self._sequence)
@@ -68,7 +69,7 @@ class MessageCodec:
             raise FrameError("a control message with a wrong MAC")
         self._sequence += 1
         try:
-            message = json.loads(body)
+            message = json.loads(body.decode(), parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as exc:
             raise FrameError("a control message that is not JSON") from exc
         if not isinstance(message, dict):
@@ -77,3 +78,7 @@ class MessageCodec:
 
     def _mac(self, head: bytes, body: bytes) -> bytes:
         return hmac.new(self._key, self._direction + head + body, hashlib.sha256).digest()[:MAC_BYTES]
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

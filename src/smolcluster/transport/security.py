@@ -26,29 +26,36 @@ from pathlib import Path
 from smolcluster.errors import AuthFailed, ConfigError, FrameError
 from smolcluster.transport.base import Hello
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"SMOL"
 NONCE_BYTES = 32
 MAC_BYTES = 32
+MAX_RANK = 0xFFFF
 MAX_NAME_BYTES = 64  # of a lane or run id: what a stranger can make us read is at most 48 + 2 * 64 bytes
 NO_TLS = bytes(32)  # stands in the transcript where the TLS certificate's SHA-256 would
 TOKEN_BYTES = 32
+TOKEN_VARIABLE = "SMOLCLUSTER_TOKEN"  # of the environment; not handed on to processes that do not need it
 
-# magic, version, type, lane length, run id length, 3 zero bytes, rank, nonce; then lane and run id in UTF-8
-_HELLO = struct.Struct("!4sHBBB3xi32s")
-# magic, version, type, refusal reason, nonce or MAC
+# magic, version, type, lane length, run id length, 1 if it offers memory, rank dialled, rank, nonce; lane and run id in
+# UTF-8
+_HELLO = struct.Struct("!4sHBBBBHi32s")
+# magic, version, type, refusal reason (of ACCEPT: 1 if it wants the memory), nonce or MAC
 _REPLY = struct.Struct("!4sHBB32s")
 HELLO_BYTES = _HELLO.size
 REPLY_BYTES = _REPLY.size
 
 _TYPE_HELLO, _TYPE_CHALLENGE, _TYPE_PROOF, _TYPE_ACCEPT, _TYPE_REFUSED = 1, 2, 3, 4, 5
 
-REFUSED_VERSION, REFUSED_TOKEN, REFUSED_RUN, REFUSED_TAKEN = 1, 2, 3, 4
+REFUSED_VERSION, REFUSED_TOKEN, REFUSED_RUN, REFUSED_TAKEN, REFUSED_TLS, REFUSED_PLAIN = 1, 2, 3, 4, 5, 6
+REFUSED_RANK = 7
 _REFUSALS = {
     REFUSED_VERSION: "it speaks another protocol version (install the same smolcluster on both machines)",
     REFUSED_TOKEN: "the cluster tokens differ (copy the token of the first machine: smolcluster token new)",
     REFUSED_RUN: "it belongs to another run (start every machine with the same cluster file and options)",
     REFUSED_TAKEN: "it has this rank and lane already (is the same machine started twice?)",
+    REFUSED_TLS: "it does not speak TLS and was spoken to in TLS (set cluster.tls alike on every machine)",
+    REFUSED_PLAIN: "it speaks TLS only and was spoken to without (set cluster.tls alike on every machine)",
+    REFUSED_RANK: "it is another rank than the one that was dialled (do all machines have the same address of rank 0?)",
 }
 
 
@@ -79,7 +86,7 @@ class Transcript:
                 struct.pack("!H", PROTOCOL_VERSION),
                 self.dialler_nonce,
                 self.listener_nonce,
-                struct.pack("!iBB", self.hello.rank, len(lane), len(run_id)),
+                struct.pack("!iHBB", self.hello.rank, self.hello.to, len(lane), len(run_id)),
                 lane,
                 run_id,
                 self.fingerprint,
@@ -92,12 +99,17 @@ def pack_hello(hello: Hello, nonce: bytes) -> bytes:
     """The dialler's first message.
 
     Raises:
-        ValueError: lane or run id is longer than MAX_NAME_BYTES.
+        ValueError: lane or run id is longer than MAX_NAME_BYTES, or a rank that the field cannot hold.
     """
     lane, run_id = hello.lane.encode(), hello.run_id.encode()
     if max(len(lane), len(run_id)) > MAX_NAME_BYTES:
         raise ValueError(f"lane {hello.lane!r} or run id {hello.run_id!r} is longer than {MAX_NAME_BYTES} bytes")
-    fixed = _HELLO.pack(MAGIC, PROTOCOL_VERSION, _TYPE_HELLO, len(lane), len(run_id), hello.rank, nonce)
+    if not 0 <= hello.to <= MAX_RANK:
+        raise ValueError(f"rank {hello.to} cannot be dialled: ranks are 0 to {MAX_RANK}")
+    lengths = len(lane), len(run_id)
+    fixed = _HELLO.pack(
+        MAGIC, PROTOCOL_VERSION, _TYPE_HELLO, *lengths, hello.offers_memory, hello.to, hello.rank, nonce
+    )
     return fixed + lane + run_id
 
 
@@ -108,7 +120,7 @@ def hello_tail_bytes(fixed: bytes) -> int:
         FrameError: not a HELLO, or a name too long.
         Refused: another protocol version.
     """
-    magic, version, kind, lane_len, run_len, _, _ = _HELLO.unpack(fixed)
+    magic, version, kind, lane_len, run_len, _, _, _, _ = _HELLO.unpack(fixed)
     if magic != MAGIC or kind != _TYPE_HELLO:
         raise FrameError("not a smolcluster handshake")
     if version != PROTOCOL_VERSION:
@@ -124,9 +136,9 @@ def unpack_hello(fixed: bytes, tail: bytes) -> tuple[Hello, bytes]:
     Raises:
         FrameError: names that are not UTF-8.
     """
-    _, _, _, lane_len, _, rank, nonce = _HELLO.unpack(fixed)
+    _, _, _, lane_len, _, memory, to, rank, nonce = _HELLO.unpack(fixed)
     try:
-        return Hello(rank, tail[:lane_len].decode(), tail[lane_len:].decode()), nonce
+        return Hello(rank, tail[:lane_len].decode(), tail[lane_len:].decode(), to, memory == 1), nonce
     except UnicodeDecodeError as exc:
         raise FrameError("handshake names are not UTF-8") from exc
 
@@ -141,9 +153,9 @@ def pack_proof(mac: bytes) -> bytes:
     return _REPLY.pack(MAGIC, PROTOCOL_VERSION, _TYPE_PROOF, 0, mac)
 
 
-def pack_accept(mac: bytes) -> bytes:
-    """The listener's proof."""
-    return _REPLY.pack(MAGIC, PROTOCOL_VERSION, _TYPE_ACCEPT, 0, mac)
+def pack_accept(mac: bytes, wants_memory: bool = False) -> bytes:
+    """The listener's proof, and whether an offer of shared memory is to follow."""
+    return _REPLY.pack(MAGIC, PROTOCOL_VERSION, _TYPE_ACCEPT, wants_memory, mac)
 
 
 def pack_refused(reason: int) -> bytes:
@@ -161,8 +173,8 @@ def unpack_proof(reply: bytes) -> bytes:
     return _unpack(reply, _TYPE_PROOF, "the dialler")
 
 
-def check_accept(reply: bytes, address: str, expected: bytes) -> None:
-    """Check the listener's proof.
+def check_accept(reply: bytes, address: str, expected: bytes) -> bool:
+    """Check the listener's proof; returns whether it wants the shared memory that was offered.
 
     Raises:
         FrameError: not a handshake message.
@@ -171,6 +183,7 @@ def check_accept(reply: bytes, address: str, expected: bytes) -> None:
     """
     if not hmac.compare_digest(_unpack(reply, _TYPE_ACCEPT, address), expected):
         raise AuthFailed(f"{address} does not know the cluster token: somebody else listens there")
+    return bool(_REPLY.unpack(reply)[3] == 1)
 
 
 def handshake_bytes(hello: Hello) -> tuple[int, int]:
@@ -224,8 +237,8 @@ def load_token(file: Path | None = None) -> bytes:
     Raises:
         ConfigError: there is none, it is unreadable or shorter than 16 characters, or others may read the file.
     """
-    if file is None and (text := os.environ.get("SMOLCLUSTER_TOKEN")):
-        return _checked(text, "SMOLCLUSTER_TOKEN")
+    if file is None and (text := os.environ.get(TOKEN_VARIABLE)):
+        return _checked(text, TOKEN_VARIABLE)
     path = file or token_path()
     try:
         mode = path.stat().st_mode

@@ -7,13 +7,14 @@ import logging
 import random
 import select
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from smolcluster.errors import (
     AuthFailed,
@@ -26,16 +27,31 @@ from smolcluster.errors import (
 )
 from smolcluster.kinds import JsonObject
 from smolcluster.transport import messages, security
+from smolcluster.transport.admission import RefusalLog, Strangers
 from smolcluster.transport.base import Channel, ControlLink, Ended, Hello, SocketState
-from smolcluster.transport.security import REFUSED_RUN, Refused, Transcript
+from smolcluster.transport.security import NO_TLS, REFUSED_RUN, Refused, Transcript
+from smolcluster.transport.tls import Identity, NotTls, TlsSocket, begins_tls, client_hello_bytes
+
+if TYPE_CHECKING:
+    from smolcluster.transport.shm import Segment
 
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT = 5.0  # seconds a stranger may hold a connection before it is authenticated (CONTRACT section 3)
-MAX_UNAUTHENTICATED = 64
+# Connections that the system keeps until they are accepted. It drops what comes on top, and an honest rank then tries
+# again after a second.
+BACKLOG = 256
+# Authenticated connections that nobody here has asked for yet: a few for each rank and group while all find each other.
+MAX_UNCLAIMED = 512
+# Seconds of one attempt to connect; the kernel sends a lost SYN again after one, and a new attempt does the same.
+CONNECT_TIMEOUT = 1.0
+# Seconds between looks whether the run has ended for which a handshake waits.
+ENDED_SLICE = 0.25
 # Seconds that a listener may refuse our run before we believe it: it may not have heard of the run yet.
 OTHER_RUN_TIMEOUT = 5.0
 CONTROL = "control"
+# The first of these that the system lets this user set; loopback only.
+LOOPBACK_CONGESTION = (b"cubic", b"reno")
 Argument = TypeVar("Argument")
 # Linux takes at most 1024 buffers in one sendmsg; more than 64 frames at once brings nothing.
 MAX_SEND_BUFFERS = 64
@@ -50,6 +66,7 @@ _HAS_ARRIVAL_TIME = sys.platform == "linux" and sys.maxsize > 2**32  # with 32 b
 # Of one packet: Ethernet 14, IP 20 or 40, TCP with time stamps 32.
 _HEADER_BYTES = {socket.AF_INET: 66, socket.AF_INET6: 86}
 _TCP_INFO_BYTES = 208  # up to and with tcpi_bytes_sent
+_TLS_READ_BYTES = 4096  # more than a HELLO without TLS: left unread, it would reset what answers it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +74,14 @@ class TcpOptions:
     """Socket options. `patience`: seconds until unacknowledged control messages count as a lost peer.
 
     `buffer_bytes`: send and receive buffer, set before connect; None: the kernel tunes. The kernel may grant less.
+    `tls`: encrypt everything; the other side must as well.
+    `shared_memory`: between processes of one host, where both want it and neither has `tls`.
     """
 
     patience: float = 5.0
     buffer_bytes: int | None = None
+    tls: bool = False
+    shared_memory: bool = False
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -100,7 +121,7 @@ class TcpChannel:
         return True, sending
 
     def due(self) -> float | None:
-        return None
+        return 0.0 if isinstance(self._sock, TlsSocket) and self._sock.holds_bytes() else None
 
     def try_send(self, buffers: Sequence[memoryview]) -> int:
         try:
@@ -285,15 +306,17 @@ class TcpControlLink:
 class TcpListener:
     """Accepts connections, each authenticated in a short-lived thread of its own, so that none delays another."""
 
-    def __init__(self, host: str, port: int, token: bytes, run_id: str, options: TcpOptions) -> None:
+    def __init__(self, host: str, port: int, token: bytes, run_id: str, rank: int, options: TcpOptions) -> None:
         self._token = token
+        self._rank = rank
         self._options = options
+        self._identity = Identity() if options.tls else None
         self._run_ids = {run_id}
         self._ready = threading.Condition()
         self._channels: dict[tuple[int, str], Channel] = {}
         self._taken: set[tuple[int, str]] = set()
         self._links: list[tuple[Hello, ControlLink]] = []
-        self._strangers: dict[threading.Thread, socket.socket] = {}
+        self._strangers = Strangers()
         self._closing = threading.Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._sock = socket.socket(family, socket.SOCK_STREAM)
@@ -303,7 +326,7 @@ class TcpListener:
             _set_buffers(self._sock, options)
             _warn_of_small_buffers(self._sock, options)
             self._sock.bind((host, port))
-            self._sock.listen(MAX_UNAUTHENTICATED)
+            self._sock.listen(BACKLOG)
         except OSError as exc:
             self._sock.close()
             raise ConfigError(
@@ -311,6 +334,7 @@ class TcpListener:
                 "machine and a free port, and look whether this rank is started already"
             ) from exc
         self.address = format_address(host, self._sock.getsockname()[1])
+        self._refusals = RefusalLog(self.address)
         self._sock.settimeout(0.5)
         self._thread = threading.Thread(target=self._accept, name=f"listener {self.address}", daemon=True)
         self._thread.start()
@@ -346,13 +370,9 @@ class TcpListener:
         with self._ready:
             waiting, self._channels = list(self._channels.values()), {}
             links, self._links = self._links, []
-            strangers = list(self._strangers.items())
             self._ready.notify_all()
-        for _, sock in strangers:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread, _ in strangers:
-            thread.join(timeout=2.0)
+        self._strangers.close()
+        self._refusals.look(at_end=True)
         for channel in waiting:
             channel.abort(ConnectionLost("the listener is closed"))
         for _, link in links:
@@ -360,45 +380,59 @@ class TcpListener:
 
     def _accept(self) -> None:
         while not self._closing.is_set():
+            self._refusals.look()
             try:
                 sock, peer = self._sock.accept()
+                if self._identity is not None:
+                    sock = TlsSocket(sock, self._identity)  # shakes hands in the thread
             except TimeoutError:
                 continue
             except OSError as exc:
                 if self._closing.is_set():
                     return
                 # Out of descriptors, or the stranger hung up before we took it: neither may end the listener.
-                logger.warning("accept failed address=%s reason=%s", self.address, exc)
+                self._refusals.refused("unknown", f"accept failed ({exc.strerror or exc})")
                 self._closing.wait(0.1)
                 continue
-            address = format_address(peer[0], peer[1])
-            name = f"handshake {address}"
-            thread = threading.Thread(target=self._greet, args=(sock, address), name=name, daemon=True)
-            with self._ready:
-                has_room = len(self._strangers) < MAX_UNAUTHENTICATED
-                if has_room:
-                    self._strangers[thread] = sock
-            if has_room:
-                thread.start()
+            if peer:  # macOS has no address of somebody who has hung up already
+                self._admit(sock, peer[0], format_address(peer[0], peer[1]))
             else:
-                logger.warning("too many unauthenticated connections, closed peer=%s", address)
                 sock.close()
+
+    def _admit(self, sock: socket.socket, host: str, address: str) -> None:
+        name = f"handshake {address}"
+        thread = threading.Thread(target=self._greet, args=(sock, address), name=name, daemon=True)
+        try:
+            self._strangers.add(thread, sock, host)
+        except ConnectionLost as error:
+            self._refuse(sock, address, error)
+            return
+        try:
+            thread.start()
+        except RuntimeError as exc:  # the system gives no more threads
+            self._strangers.remove(thread)
+            self._refuse(sock, address, exc)
+
+    def _refuse(self, sock: socket.socket, address: str, reason: object) -> None:
+        self._refusals.refused(address, reason)
+        sock.close()
 
     def _greet(self, sock: socket.socket, address: str) -> None:
         try:
-            hello, key = self._authenticate(sock, address)
+            hello, key, segment = self._authenticate(sock, address)
         except (SmolError, OSError) as exc:
-            logger.warning("connection refused peer=%s reason=%s", address, exc)
-            sock.close()
+            self._refuse(sock, address, self._strangers.evicted() or exc)
             return
         finally:
-            with self._ready:
-                del self._strangers[threading.current_thread()]
+            self._strangers.remove(threading.current_thread())
         _log_buffers(sock, self._options, f"rank {hello.rank}", hello.lane)
         recv_bytes, sent_bytes = security.handshake_bytes(hello)
         with self._ready:
             if self._closing.is_set():
                 sock.close()
+            elif len(self._links) + len(self._channels) >= MAX_UNCLAIMED:
+                self._taken.discard((hello.rank, hello.lane))
+                self._refuse(sock, address, f"{MAX_UNCLAIMED} connections wait here already")
             elif hello.lane == CONTROL:
                 link = TcpControlLink(
                     sock, key, is_dialler=False, address=address, patience=self._options.patience,
@@ -406,32 +440,43 @@ class TcpListener:
                 )  # fmt: skip
                 self._links.append((hello, link))
             else:
-                self._channels[(hello.rank, hello.lane)] = TcpChannel(sock, address, sent_bytes, recv_bytes)
+                channel = TcpChannel(sock, address, sent_bytes, recv_bytes)
+                self._channels[(hello.rank, hello.lane)] = _with_memory(channel, segment, is_dialler=False)
             self._ready.notify_all()
 
-    def _authenticate(self, sock: socket.socket, address: str) -> tuple[Hello, bytes]:
+    def _authenticate(self, sock: socket.socket, address: str) -> tuple[Hello, bytes, Segment | None]:
         stream = _Deadline(sock, time.monotonic() + HANDSHAKE_TIMEOUT, address)
         try:
+            fingerprint = _accept_tls(stream, sock) if isinstance(sock, TlsSocket) else NO_TLS
             fixed = stream.read(security.HELLO_BYTES)
+            if self._identity is None and begins_tls(fixed):
+                stream.read(client_hello_bytes(fixed) - len(fixed))  # unread, it would reset what answers it
+                raise Refused("this rank", security.REFUSED_TLS)
             hello, dialler_nonce = security.unpack_hello(fixed, stream.read(security.hello_tail_bytes(fixed)))
             nonce = security.new_nonce()
             stream.write(security.pack_challenge(nonce))
-            transcript = Transcript(hello, dialler_nonce, nonce)
+            transcript = Transcript(hello, dialler_nonce, nonce, fingerprint)
             proof = security.unpack_proof(stream.read(security.REPLY_BYTES))
             if not security.proofs_equal(proof, transcript.proof(self._token, "dialler")):
                 raise Refused("this rank", security.REFUSED_TOKEN)
+            self._strangers.proved()
             # Only somebody who knows the token learns which runs and ranks are here.
             slot = (hello.rank, hello.lane)
             with self._ready:
                 if hello.run_id not in self._run_ids:
                     raise Refused("this rank", security.REFUSED_RUN)
+                if hello.to != self._rank:
+                    raise Refused("this rank", security.REFUSED_RANK)
                 if slot in self._taken:
                     raise Refused("this rank", security.REFUSED_TAKEN)
                 if hello.lane != CONTROL:  # doubled control links are told apart by their "join"
                     self._taken.add(slot)  # before the answer: of two that knock at once one is let in
             try:
                 _set_options(sock, self._options, hello.lane)
-                stream.write(security.pack_accept(transcript.proof(self._token, "listener")))
+                wants_memory = hello.offers_memory and _can_share(sock, self._options, hello.lane)
+                stream.write(security.pack_accept(transcript.proof(self._token, "listener"), wants_memory))
+                key = transcript.proof(self._token, "session")
+                segment = _answer(stream, key) if wants_memory else None
             except (SmolError, OSError):
                 with self._ready:
                     self._taken.discard(slot)
@@ -440,7 +485,7 @@ class TcpListener:
             with contextlib.suppress(SmolError):
                 stream.write(security.pack_refused(refused.reason))
             raise
-        return hello, transcript.proof(self._token, "session")
+        return hello, key, segment
 
 
 class TcpNetwork:
@@ -452,43 +497,48 @@ class TcpNetwork:
 
     def dial_channel(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> Channel:
         """Connect and authenticate, trying again until `timeout`; see `dial`."""
-        sock, _ = self._dial(address, hello, timeout, ended)
-        return TcpChannel(sock, address, *security.handshake_bytes(hello))
+        sock, _, segment = self._dial(address, hello, timeout, ended)
+        channel = TcpChannel(sock, address, *security.handshake_bytes(hello))
+        return _with_memory(channel, segment, is_dialler=True)
 
     def dial_control(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> ControlLink:
         """Connect and authenticate, trying again until `timeout`; see `dial`."""
-        sock, key = self._dial(address, hello, timeout, ended)
+        sock, key, _ = self._dial(address, hello, timeout, ended)
         sent_bytes, recv_bytes = security.handshake_bytes(hello)
         return TcpControlLink(
             sock, key, is_dialler=True, address=address, patience=self._options.patience,
             sent_bytes=sent_bytes, recv_bytes=recv_bytes,
         )  # fmt: skip
 
-    def _dial(self, address: str, hello: Hello, timeout: float, ended: Ended | None) -> tuple[socket.socket, bytes]:
-        sock, key = dial(address, hello, self._token, timeout, self._options, ended)
-        _log_buffers(sock, self._options, address, hello.lane)
-        return sock, key
+    def _dial(
+        self, address: str, hello: Hello, timeout: float, ended: Ended | None
+    ) -> tuple[socket.socket, bytes, Segment | None]:
+        dialled = dial(address, hello, self._token, timeout, self._options, ended)
+        _log_buffers(dialled[0], self._options, address, hello.lane)
+        return dialled
 
 
-def listen(host: str, port: int, *, token: bytes, run_id: str, options: TcpOptions | None = None) -> TcpListener:
-    """Listen on one address of this machine; port 0 takes a free one.
+def listen(
+    host: str, port: int, *, token: bytes, run_id: str, rank: int = 0, options: TcpOptions | None = None
+) -> TcpListener:
+    """Listen on one address of this machine, on behalf of `rank`; port 0 takes a free one.
 
     Raises:
         ConfigError: the address is not this machine's, or the port is taken.
     """
-    return TcpListener(host, port, token, run_id, options or TcpOptions())
+    return TcpListener(host, port, token, run_id, rank, options or TcpOptions())
 
 
 def dial(
     address: str, hello: Hello, token: bytes, timeout: float, options: TcpOptions, ended: Ended | None = None
-) -> tuple[socket.socket, bytes]:
+) -> tuple[socket.socket, bytes, Segment | None]:
     """Connect to a listener and authenticate both ways.
 
     Tries again, with growing pauses and jitter, while nobody listens there or the listener does not know the run yet,
     and `ended()` gives no reason to stop.
 
     Returns:
-        (connected socket, session key for control messages).
+        (connected socket, session key for control messages, memory shared with the listener if there is).
 
     Raises:
         ConnectFailed: not connected within `timeout` seconds.
@@ -501,7 +551,7 @@ def dial(
         if ended is not None and (reason := ended()) is not None:
             raise reason
         try:
-            return _dial_once(address, hello, token, deadline, options)
+            return _dial_once(address, hello, token, deadline, options, ended)
         except Refused as refused:
             if refused.reason != REFUSED_RUN:
                 raise
@@ -521,35 +571,89 @@ def dial(
 
 
 def _dial_once(
-    address: str, hello: Hello, token: bytes, deadline: float, options: TcpOptions
-) -> tuple[socket.socket, bytes]:
+    address: str, hello: Hello, token: bytes, deadline: float, options: TcpOptions, ended: Ended | None
+) -> tuple[socket.socket, bytes, Segment | None]:
     host, port = parse_address(address)
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         _set_buffers(sock, options)
         remaining = max(0.05, deadline - time.monotonic())
-        sock.settimeout(min(remaining, HANDSHAKE_TIMEOUT))
+        sock.settimeout(min(remaining, CONNECT_TIMEOUT))
         sock.connect((host, port))
-        stream = _Deadline(sock, time.monotonic() + min(remaining, HANDSHAKE_TIMEOUT), address)
-        nonce = security.new_nonce()
-        stream.write(security.pack_hello(hello, nonce))
-        transcript = Transcript(hello, nonce, security.unpack_challenge(stream.read(security.REPLY_BYTES), address))
-        stream.write(security.pack_proof(transcript.proof(token, "dialler")))
-        security.check_accept(stream.read(security.REPLY_BYTES), address, transcript.proof(token, "listener"))
+        if options.tls:
+            sock = TlsSocket(sock, None)
+        stream = _Deadline(sock, time.monotonic() + min(remaining, HANDSHAKE_TIMEOUT), address, ended)
+        fingerprint = _dial_tls(stream, address) if isinstance(sock, TlsSocket) else NO_TLS
+        hello = replace(hello, offers_memory=_can_share(sock, options, hello.lane))
+        transcript, wants_memory = _prove(stream, hello, token, address, fingerprint)
+        key = transcript.proof(token, "session")
+        segment = _offer(stream, hello.lane, key) if wants_memory else None
         _set_options(sock, options, hello.lane)
+    except Refused as refused:
+        sock.close()
+        if options.tls and refused.reason == security.REFUSED_TOKEN:
+            raise AuthFailed(f"{refused}; or somebody on the way decrypts and encrypts again") from refused
+        raise
     except BaseException:
         sock.close()
         raise
-    return sock, transcript.proof(token, "session")
+    return sock, key, segment
+
+
+def _prove(stream: _Deadline, hello: Hello, token: bytes, address: str, fingerprint: bytes) -> tuple[Transcript, bool]:
+    """The dialler's side of the handshake; returns the transcript, and whether the listener wants to share memory."""
+    nonce = security.new_nonce()
+    stream.write(security.pack_hello(hello, nonce))
+    challenge = security.unpack_challenge(stream.read(security.REPLY_BYTES), address)
+    transcript = Transcript(hello, nonce, challenge, fingerprint)
+    stream.write(security.pack_proof(transcript.proof(token, "dialler")))
+    accept = stream.read(security.REPLY_BYTES)
+    wants_memory = security.check_accept(accept, address, transcript.proof(token, "listener"))
+    return transcript, hello.offers_memory and wants_memory
+
+
+def _can_share(sock: socket.socket, options: TcpOptions, lane: str) -> bool:
+    """Whether this side would share memory: with a process at its own address.
+
+    Two network namespaces of one machine have different addresses; then it is their link that is wanted.
+    """
+    return (
+        options.shared_memory
+        and not options.tls
+        and lane != CONTROL
+        and sys.platform != "win32"
+        and bool(sock.getsockname()[0] == sock.getpeername()[0])
+    )
+
+
+def _offer(stream: _Deadline, lane: str, key: bytes) -> Segment | None:
+    from smolcluster.transport import shm  # imports numpy, which a command that opens no connection does not need
+
+    return shm.offer(stream, shm.BULK_RING_BYTES if lane.startswith("bulk:") else shm.MESSAGE_RING_BYTES, key)
+
+
+def _answer(stream: _Deadline, key: bytes) -> Segment | None:
+    from smolcluster.transport import shm
+
+    return shm.answer(stream, key)
+
+
+def _with_memory(channel: TcpChannel, segment: Segment | None, *, is_dialler: bool) -> Channel:
+    if segment is None:
+        return channel
+    from smolcluster.transport import shm
+
+    return shm.SharedMemoryChannel(channel, segment, is_dialler=is_dialler)
 
 
 class _Deadline:
     """Blocking reads and writes of a handshake, all before one deadline."""
 
-    def __init__(self, sock: socket.socket, deadline: float, address: str) -> None:
+    def __init__(self, sock: socket.socket, deadline: float, address: str, ended: Ended | None = None) -> None:
         self._sock = sock
         self._deadline = deadline
         self._address = address
+        self._ended = ended
 
     def read(self, count: int) -> bytes:
         data = bytearray()
@@ -563,17 +667,50 @@ class _Deadline:
     def write(self, data: bytes) -> None:
         self._bounded(self._sock.sendall, data)
 
+    def start_tls(self) -> bytes:
+        """Shake hands; the fingerprint of the listener's certificate. Raises NotTls too."""
+        assert isinstance(self._sock, TlsSocket)
+        while not (fingerprint := self._bounded(self._sock.shake_hands, _TLS_READ_BYTES)):
+            pass
+        return fingerprint
+
     def _bounded(self, call: Callable[[Argument], bytes | None], argument: Argument) -> bytes:
-        remaining = self._deadline - time.monotonic()
-        if remaining <= 0:
-            raise ConnectionLost(f"{self._address} did not finish the handshake in time")
-        self._sock.settimeout(remaining)
-        try:
-            return call(argument) or b""
-        except TimeoutError as exc:
-            raise ConnectionLost(f"{self._address} did not finish the handshake in time") from exc
-        except OSError as exc:
-            raise ConnectionLost(f"{self._address} {_reason(exc)}") from exc
+        while True:
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                raise ConnectionLost(f"{self._address} did not finish the handshake in time")
+            if self._ended is not None and (reason := self._ended()) is not None:
+                raise reason
+            # A call that timed out may be made again: it has read nothing, and a new connection takes all that we send.
+            self._sock.settimeout(remaining if self._ended is None else min(remaining, ENDED_SLICE))
+            try:
+                return call(argument) or b""
+            except TimeoutError:
+                continue
+            except NotTls:
+                raise
+            except OSError as exc:
+                raise ConnectionLost(f"{self._address} {_reason(exc)}") from exc
+
+
+def _accept_tls(stream: _Deadline, sock: TlsSocket) -> bytes:
+    try:
+        return stream.start_tls()
+    except NotTls as exc:
+        with contextlib.suppress(OSError):
+            sock.send_in_the_clear(security.pack_refused(security.REFUSED_PLAIN))
+        if security.MAGIC.startswith(exc.said[: len(security.MAGIC)]):
+            raise Refused("this rank", security.REFUSED_PLAIN) from exc
+        raise FrameError("not a TLS handshake") from exc
+
+
+def _dial_tls(stream: _Deadline, address: str) -> bytes:
+    try:
+        return stream.start_tls()
+    except NotTls as exc:
+        if security.MAGIC.startswith(exc.said[: len(security.MAGIC)]):
+            raise Refused(address, security.REFUSED_TLS) from exc
+        raise FrameError(f"{address} does not speak TLS (is another program on that port?)") from exc
 
 
 def _receive(sock: socket.socket, count: int) -> tuple[bytes, float]:
@@ -590,6 +727,8 @@ def _receive(sock: socket.socket, count: int) -> tuple[bytes, float]:
 
 def _ready(sock: socket.socket, seconds: float, *, sending: bool) -> bool:
     """Wait for at most `seconds` until the socket can be read (or written); False: it cannot yet."""
+    if not sending and isinstance(sock, TlsSocket) and sock.holds_bytes():
+        return True
     if not hasattr(select, "poll"):  # Windows
         readable, writable, _ = select.select([] if sending else [sock], [sock] if sending else [], [], seconds)
         return bool(readable or writable)
@@ -680,7 +819,7 @@ def _set_options(sock: socket.socket, options: TcpOptions, lane: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.patience * 1000))
     if hasattr(socket, "TCP_CONGESTION") and sock.getpeername()[0] in ("127.0.0.1", "::1"):
         # BBR, some kernels' default, halves the speed of loopback. Ordinary users may not set cubic everywhere.
-        for name in (b"cubic", b"reno"):
+        for name in LOOPBACK_CONGESTION:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
                 break
@@ -691,4 +830,6 @@ def _set_options(sock: socket.socket, options: TcpOptions, lane: str) -> None:
 def _reason(exc: OSError | None) -> str:
     if exc is None:
         return "closed the connection"
+    if isinstance(exc, ssl.SSLError):
+        return f"broke the rules of TLS ({exc.reason})"
     return f"is gone ({exc.strerror or exc})"

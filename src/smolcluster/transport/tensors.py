@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smolcluster.errors import FrameError
-from smolcluster.transport.frame import DTYPE_NAMES, DTYPES, Prelude
+from smolcluster.transport.frame import DTYPE_NAMES, DTYPES, MAX_UNSIZED_BYTES, Prelude
 
 _TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -23,6 +23,7 @@ _TORCH_DTYPES: dict[str, torch.dtype] = {
     "int64": torch.int64,
     "bool": torch.bool,
 }
+_BOOL = DTYPES["bool"][0]
 _CODES = {dtype: DTYPES[name][0] for name, dtype in _TORCH_DTYPES.items()}
 
 
@@ -65,10 +66,29 @@ def raw_bytes(tensor: Tensor) -> memoryview:
         )
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()  # numpy's stubs do not say that it is a buffer
+    flat = tensor if tensor.dim() == 1 and not tensor.requires_grad else tensor.detach().view(-1)
+    array: Any = flat.view(torch.uint8).numpy()  # numpy's stubs do not say that it is a buffer
     return memoryview(array)
 
 
 def empty_for(prelude: Prelude, dims: tuple[int, ...]) -> Tensor:
-    """Uninitialised CPU memory for a frame that carries a whole tensor of shape `dims`."""
-    return torch.empty(dims, dtype=dtype_of(prelude.dtype))
+    """Uninitialised CPU memory for a frame that carries a whole tensor of shape `dims`, as `unpack_dims` checked them.
+
+    Raises:
+        FrameError: the system gives no such memory.
+    """
+    assert prelude.nbytes <= MAX_UNSIZED_BYTES
+    try:
+        return torch.empty(dims, dtype=dtype_of(prelude.dtype))
+    except RuntimeError as exc:
+        raise FrameError(f"there is no memory for a frame of {prelude.nbytes} bytes") from exc
+
+
+def check_payload(prelude: Prelude, payload: memoryview) -> None:
+    """Refuse a bool that is neither 0 nor 1: torch counts on that, and may write beyond a tensor's end otherwise.
+
+    Raises:
+        FrameError: there is one.
+    """
+    if prelude.dtype == _BOOL and len(payload) and int(torch.frombuffer(payload, dtype=torch.uint8).max()) > 1:
+        raise FrameError(f"bools that are neither 0 nor 1 in a {prelude.describe()}")

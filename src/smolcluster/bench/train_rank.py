@@ -1,0 +1,204 @@
+"""One rank of `bench train`: holds all contestants and lets them train in alternating blocks. See train.py.
+
+python -m smolcluster.bench.train_rank     its job comes on standard input; see ranks.py
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+
+from smolcluster.bench.congestion import equalise
+from smolcluster.bench.ranks import largest, meet, read_job, say
+from smolcluster.collectives.base import Communicator
+from smolcluster.config.schema import Config
+from smolcluster.data.batch import Batch
+from smolcluster.errors import SmolError
+from smolcluster.kinds import JsonObject
+from smolcluster.run.build import Parts, assemble, prepare
+from smolcluster.run.connect import alone, join_torch
+from smolcluster.training.step import count_targets
+from smolcluster.training.strategy import Strategy
+
+# Made before the first block and used again and again: loading costs nobody time.
+KEPT_STEPS = 16
+# A block is to take about so long: short enough that both contestants see the same weather.
+BLOCK_SECONDS = 1.0
+MIN_STEPS, MAX_STEPS = 3, 500
+
+
+@dataclass(slots=True)
+class Contestant:
+    """Somebody who trains.
+
+    Attributes:
+        step: does one update; gives the loss, if the step of it is done.
+        takes_part: False: this rank waits meanwhile.
+        steps: updates done so far; it also says which batch comes next, so that all see the same data.
+        loss: of the last update.
+    """
+
+    step: Callable[[Sequence[Batch]], float | None]
+    takes_part: bool = True
+    steps: int = 0
+    loss: float = field(default=math.nan)
+
+
+def main() -> None:
+    """One rank."""
+    job = read_job()
+    config = Config.model_validate(job["config"])
+    rank, world_size = cast("int", job["rank"]), cast("int", job["world_size"])
+    comm = _meet(job, config, rank, world_size)
+    try:
+        result = _measure(job, config, comm)
+        comm.barrier()
+        comm.close()
+    except SmolError as error:
+        comm.abort(error)
+        say({"error": str(error), "exit_code": error.exit_code})
+        logging.shutdown()
+        os._exit(error.exit_code)  # destructors of torch.distributed would wait for ranks that are gone
+    say(result)
+    sys.stdout.flush()
+    os._exit(0)  # the same
+
+
+def _meet(job: JsonObject, config: Config, rank: int, world_size: int) -> Communicator:
+    if config.backend == "tcp" and world_size > 1:
+        return meet(job, shared_memory=config.cluster.shared_memory == "auto")
+    if rank == 0:
+        say({"address": None})
+    if world_size == 1:
+        return alone()
+    return join_torch(config.backend, rank, world_size, f"{job['meeting']}-ours", config.cluster.patience)
+
+
+def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
+    names = [f"rank{rank}" for rank in range(comm.world_size)]
+    parts = prepare(config, comm.rank, names, local_rank=comm.rank)
+    initial = copy.deepcopy(parts.model)
+    ours = assemble(parts, comm)
+    with ours.loader as loader:
+        steps_of_data = [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, ours.steps))]
+    contestants = {"ours": Contestant(_strategy_step(ours.strategy))}
+    against = cast("str | None", job["against"])
+    with_ddp = against == "ddp"
+    if with_ddp:
+        _add_ddp(contestants, job, parts, initial, comm)
+    elif against == "single":
+        single = replace(parts, model=copy.deepcopy(initial), config=config.model_copy(update={"algorithm": "single"}))
+        step = _strategy_step(assemble(single, alone()).strategy)
+        contestants["against"] = Contestant(step, takes_part=comm.rank == 0)
+    blocks = _Blocks(steps_of_data, comm, parts.device, cast("int", job["warmup_steps"]))
+    for contestant in contestants.values():
+        blocks.run(contestant, 1)  # connections are open and memory is there
+    congestion = equalise() if job["congestion"] == "equal" else "each its own"
+    step_s = max(blocks.run(contestant, 1)[0] for contestant in contestants.values())
+    steps = cast("int | None", job["steps"]) or _fitting_steps(step_s)
+    pairs: list[JsonObject] = []
+    for pair in range(cast("int", job["pairs"])):
+        order = list(contestants)[:: 1 if pair % 2 == 0 else -1]
+        seconds_and_tokens = {name: blocks.run(contestants[name], steps) for name in order}
+        pairs.append({name: [*seconds_and_tokens[name]] for name in contestants})
+    losses = {name: _mean(comm.exchange(contestant.loss)) for name, contestant in contestants.items()}
+    if with_ddp:
+        comm.barrier()
+        torch.distributed.destroy_process_group()
+    return {
+        "pairs": [*pairs],
+        "steps": steps,
+        "congestion": congestion,
+        "parameters": sum(param.numel() for param in parts.model.parameters()),
+        "losses": cast("JsonObject", losses),
+    }
+
+
+def _add_ddp(
+    contestants: dict[str, Contestant], job: JsonObject, parts: Parts, initial: torch.nn.Module, comm: Communicator
+) -> None:
+    from smolcluster.bench.ddp import DdpTraining
+
+    config = parts.config
+    torch.distributed.init_process_group(
+        "nccl" if config.backend == "nccl" else "gloo",
+        init_method=f"{job['meeting']}-ddp",
+        rank=comm.rank,
+        world_size=comm.world_size,
+    )
+    ddp = DdpTraining(copy.deepcopy(initial), config, parts.device)
+    contestants["against"] = Contestant(ddp.train_step)
+    if not job["exposed"]:
+        return
+    ddp_alone = DdpTraining(copy.deepcopy(initial), config, parts.device, communicates=False)
+    ours_alone = assemble(replace(parts, model=copy.deepcopy(initial)), alone())
+    contestants["ours_alone"] = Contestant(_strategy_step(ours_alone.strategy))
+    contestants["against_alone"] = Contestant(ddp_alone.train_step)
+
+
+def _strategy_step(strategy: Strategy) -> Callable[[Sequence[Batch]], float | None]:
+    def step(batches: Sequence[Batch]) -> float | None:
+        result = strategy.train_step(batches)
+        return None if result is None else result.loss
+
+    return step
+
+
+class _Blocks:
+    """Lets a contestant train for a while, on all ranks at the same time."""
+
+    def __init__(
+        self, steps_of_data: Sequence[Sequence[Batch]], comm: Communicator, device: torch.device, warmup_steps: int
+    ) -> None:
+        self._data = steps_of_data
+        self._tokens = [count_targets(batches) for batches in steps_of_data]
+        self._comm = comm
+        self._device = device
+        self._warmup_steps = warmup_steps
+
+    def run(self, contestant: Contestant, steps: int) -> tuple[float, int]:
+        """(seconds of the slowest rank, targets over all ranks) of `steps` updates, after some to warm up."""
+        self._train(contestant, self._warmup_steps)
+        self._comm.barrier()
+        start = time.perf_counter()
+        tokens = self._train(contestant, steps)
+        seconds = time.perf_counter() - start if contestant.takes_part else 0.0
+        return largest(self._comm, seconds), sum(cast("list[int]", self._comm.exchange(tokens)))
+
+    def _train(self, contestant: Contestant, steps: int) -> int:
+        if not contestant.takes_part:
+            return 0
+        tokens = 0
+        for _ in range(steps):
+            number = contestant.steps % len(self._data)
+            loss = contestant.step(self._data[number])
+            contestant.loss = contestant.loss if loss is None else loss
+            contestant.steps += 1
+            tokens += self._tokens[number]
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return tokens
+
+
+def _fitting_steps(step_seconds: float) -> int:
+    """Steps of a block; the same on every rank, since `step_seconds` is the slowest rank's."""
+    return max(MIN_STEPS, min(MAX_STEPS, round(BLOCK_SECONDS / step_seconds)))
+
+
+def _mean(losses: Sequence[object]) -> float | None:
+    numbers = [loss for loss in losses if isinstance(loss, float) and math.isfinite(loss)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+if __name__ == "__main__":
+    main()
