@@ -134,13 +134,14 @@ def main() -> None:
     import torch.distributed as dist
 
     from smolcluster.bench.congestion import equalise
-    from smolcluster.collectives.codec import codec_for
+    from smolcluster.collectives.codec import ErrorFeedback, Int8Codec, codec_for
     from smolcluster.device import prepare_process
 
     prepare_process()
     rank, world_size = cast("int", job["rank"]), cast("int", job["world_size"])
     comm = meet(job, shared_memory=job["link"] == "shm")
     codec = codec_for(str(job["compression"]))
+    feedback: dict[int, ErrorFeedback] = {}  # by the tensor's elements: as for gradients, with all that it costs
     against = job["against"] == "gloo"
     if against:
         dist.init_process_group("gloo", init_method=str(job["meeting"]), rank=rank, world_size=world_size)
@@ -149,7 +150,12 @@ def main() -> None:
     dtype = cast("torch.dtype", getattr(torch, str(job["dtype"])))
 
     def ours(tensor: Tensor) -> None:
-        comm.all_reduce(tensor, codec=codec).wait()
+        if isinstance(codec, Int8Codec):
+            if tensor.numel() not in feedback:
+                feedback[tensor.numel()] = ErrorFeedback(codec, torch.zeros_like(tensor))
+            comm.all_reduce(tensor, codec=feedback[tensor.numel()]).wait()
+        else:
+            comm.all_reduce(tensor, codec=codec).wait()
 
     def gloo(tensor: Tensor) -> None:
         dist.all_reduce(tensor)

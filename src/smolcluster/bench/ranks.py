@@ -127,7 +127,8 @@ def largest(comm: Communicator, seconds: float) -> float:
 
 def _start(command: Sequence[str], log: IO[str]) -> subprocess.Popen[str]:
     # One OpenMP thread from the start: setting it later leaves the others' pool behind.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    inherited = {key: value for key, value in os.environ.items() if key != "SMOLCLUSTER_TOKEN"}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     try:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment

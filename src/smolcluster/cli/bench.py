@@ -67,7 +67,9 @@ def train(
     if as_json:
         print(json.dumps(result))
         return
-    for line in train_lines(result):
+    from smolcluster.run.folder import rate_unit
+
+    for line in train_lines(result, rate_unit(resolved.config)):
         print(line)
 
 
@@ -112,17 +114,17 @@ def all_reduce_table(rows: Sequence[JsonObject]) -> str:
     return "\n".join([*lines, f"world {last['world']}, {last['link']}, congestion control {last['congestion']}"])
 
 
-def train_lines(result: JsonObject) -> list[str]:
-    """What was measured, in words."""
+def train_lines(result: JsonObject, unit: str) -> list[str]:
+    """What was measured, in words; `unit`: what is trained on, tokens or samples."""
 
     def number(key: str) -> float:
         return cast("float", result[key])
 
-    lines = [f"{result['algorithm']}, {result['world']} ranks: {number('tokens_per_s'):,.0f} tokens/s"]
+    lines = [f"{result['algorithm']}, {result['world']} ranks: {number('tokens_per_s'):,.0f} {unit}/s"]
     if "ratio" in result:
         low, high = cast("list[float]", result["ratio_interval"])
         lines.append(
-            f"{result['against']}: {number('against_tokens_per_s'):,.0f} tokens/s; ratio {number('ratio'):.3f}, 95 % "
+            f"{result['against']}: {number('against_tokens_per_s'):,.0f} {unit}/s; ratio {number('ratio'):.3f}, 95 % "
             f"interval {low:.3f} to {high:.3f}, {result['pairs']} pairs of blocks"
         )
     if "exposed_s" in result:

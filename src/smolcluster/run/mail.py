@@ -52,6 +52,7 @@ class Mail:
         self._is_over = False  # nobody trains any more
         self._ended = threading.Semaphore(0)
         self._logs: dict[int, TextIO] = {}
+        self._logs_are_closed = False
         self._handler: logging.Handler | None = None
         self._level = logging.NOTSET
 
@@ -75,6 +76,7 @@ class Mail:
             logs = logging.getLogger("smolcluster")
             logs.removeHandler(self._handler)
             logs.setLevel(self._level)
+        self._logs_are_closed = True
         for log in self._logs.values():
             log.close()
         if self._folder is not None and self._world is not None:
@@ -130,7 +132,9 @@ class Mail:
 
     def _log_of(self, rank: int, message: JsonObject) -> None:
         assert self._folder is not None
-        with contextlib.suppress(ValueError):  # closed: it comes after the end of the run
+        if self._logs_are_closed:
+            return  # it comes after the end of the run
+        with contextlib.suppress(ValueError):  # closed right now
             if rank not in self._logs:
                 self._logs[rank] = self._folder.log_path(rank).open("a", encoding="utf-8", buffering=1)
             self._logs[rank].write(f"{message.get('line')}\n")

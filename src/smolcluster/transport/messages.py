@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import struct
 
 from smolcluster.errors import FrameError
@@ -69,7 +70,7 @@ class MessageCodec:
             raise FrameError("a control message with a wrong MAC")
         self._sequence += 1
         try:
-            message = json.loads(body.decode(), parse_constant=_refuse_constant)
+            message = json.loads(body.decode(), parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError) as exc:
             raise FrameError("a control message that is not JSON") from exc
         if not isinstance(message, dict):
@@ -80,5 +81,8 @@ class MessageCodec:
         return hmac.new(self._key, self._direction + head + body, hashlib.sha256).digest()[:MAC_BYTES]
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # such as 1e999: what is not JSON could not be passed on either
+        raise ValueError(f"{text} is not a number")
+    return value
