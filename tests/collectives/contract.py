@@ -1,7 +1,7 @@
 """Runs the contract suite (test_contract_*.py) on every engine: N ranks as N threads of the test process.
 
 An engine is a function world_size -> one connected communicator per rank. `tcp` and `gloo` use real sockets over
-loopback, `inproc` the tcp engine over in-process channels, `local` no channel at all.
+loopback, `shm` the tcp engine through shared memory, `inproc` over in-process channels, `local` no channel at all.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import faulthandler
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _FACTORIES: dict[str, Callable[[int], Sequence[Communicator]]] = {
     "local": lambda world_size: LocalGroup(world_size).communicators,
     "inproc": inproc_group,
     "tcp": tcp_group,
+    "shm": partial(tcp_group, shared_memory=True),
     "gloo": gloo_group,
 }
 ENGINES = tuple(_FACTORIES)

@@ -170,9 +170,9 @@ def test_bytes_on_the_wire_are_those_of_the_ring_and_of_one_round(traced: Traced
         else:
             assert sends[2] is None
             assert sends[1] is not None
-            # 2 (N-1) hops of a third, rounded to whole elements, each with its prelude
-            expected = 4 * (args["bytes"] / 3 + PRELUDE_BYTES)
-            assert sends[1]["send"]["args"]["bytes"] == pytest.approx(expected, abs=4 * 4)
+            # Two pieces, each with 2 (N-1) hops of a third, rounded to whole elements, and its prelude
+            expected = 4 * (args["bytes"] / 3 + 2 * PRELUDE_BYTES)
+            assert sends[1]["send"]["args"]["bytes"] == pytest.approx(expected, abs=2 * 4 * 4)
 
 
 def test_waits_agree_with_the_metrics(traced: Traced) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from smolcluster.cluster.rendezvous import join_world
 from smolcluster.cluster.world import World
@@ -35,13 +35,23 @@ def inproc_group(
 
 
 def tcp_group(
-    world_size: int, *, plan: Plan | None = None, patience: float = 5.0, tls: bool = False
+    world_size: int,
+    *,
+    plan: Plan | None = None,
+    patience: float = 5.0,
+    tls: bool = False,
+    shared_memory: bool = False,
+    hosts: Sequence[str] | None = None,
 ) -> list[TcpCommunicator]:
-    """The tcp engine over real, authenticated loopback connections, encrypted or not; communicators in rank order."""
+    """The tcp engine over real, authenticated loopback connections, encrypted or not; communicators in rank order.
+
+    `shared_memory`: between ranks with the same address. `hosts`: where each rank listens; None: 127.0.0.1.
+    """
     token, run_id = new_token(), secrets.token_hex(8)
-    options = tcp.TcpOptions(patience=patience, tls=tls)
+    options = tcp.TcpOptions(patience=patience, tls=tls, shared_memory=shared_memory)
     listeners = [
-        tcp.listen("127.0.0.1", 0, token=token, run_id=run_id, rank=rank, options=options) for rank in range(world_size)
+        tcp.listen(host, 0, token=token, run_id=run_id, rank=rank, options=options)
+        for rank, host in enumerate(hosts or ["127.0.0.1"] * world_size)
     ]
 
     def join(rank: int) -> World:

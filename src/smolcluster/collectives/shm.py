@@ -17,13 +17,12 @@ from smolcluster.collectives.base import ReduceOp
 from smolcluster.collectives.wire import finish_average
 from smolcluster.transport.shm import SharedMemoryChannel
 
-# What is sent before as much is received. 256 KiB: Python's part shows; 1 MiB: the cache is too small.
-BLOCK_BYTES = int(__import__("os").environ.get("BLK", 512 << 10))
-LEAD_BLOCKS = int(__import__("os").environ.get("LEAD", 1))
+# 256 KiB: Python's part shows; 1 MiB: two of them and their copies are too much for the cache.
+BLOCK_BYTES = 512 << 10
 # Blocks that go both ways before the loop looks after other lanes.
 BLOCKS_PER_TURN = 16
-# Looks for the peer's next block before the loop does something else: it comes in step with ours.
-SPINS = 100
+# Looks for the peer's next block, of 1 to 2 us, before something else is done: it comes in step with ours.
+SPINS = 30
 
 
 class Swap:
@@ -45,7 +44,7 @@ class Swap:
         self.recv_bytes = 0
         self._channel = channel
         self._nbytes = tensor.nbytes
-        self._blocks = tensor.split(BLOCK_BYTES // tensor.element_size())
+        self._blocks = torch.split(tensor, BLOCK_BYTES // tensor.element_size()) if self._nbytes else ()
         self._sent = 0  # blocks
         self._received = 0
         self._op = op
@@ -56,8 +55,19 @@ class Swap:
         return self._nbytes
 
     def send(self) -> bool:
-        """Send the next block, unless LEAD_BLOCKS are out that have no counterpart yet; True if it was."""
-        if self._sent == len(self._blocks) or self._sent - self._received >= LEAD_BLOCKS:
+        """Send the next block, unless one is out that has no counterpart yet; True if it was."""
+        return self._sent == self._received and self._send_block()
+
+    def run(self) -> None:
+        """Blocks both ways, until nothing moves or the other lanes get their turn."""
+        for _ in range(BLOCKS_PER_TURN):
+            self.send()
+            # A peer that is late will find more than one block: better than to wait for it with each of them.
+            if not self._receive_soon() and not self._send_block():
+                return
+
+    def _send_block(self) -> bool:
+        if self._sent == len(self._blocks):
             return False
         block = self._blocks[self._sent]
         nbytes = block.nbytes
@@ -70,31 +80,21 @@ class Swap:
         self.sent_bytes += nbytes
         return True
 
-    def receive(self) -> bool:
-        """Combine the peer's next block with ours, which was sent; True if it had come."""
+    def _receive_soon(self) -> bool:
+        """Combine the peer's next block with ours, which was sent; True if it came."""
         if self._received == self._sent:
             return False
         block = self._blocks[self._received]
         nbytes = block.nbytes
-        view = self._channel.try_recv_whole(nbytes, align=BLOCK_BYTES)
-        if view is None:
-            return False
-        self._combine(block, torch.frombuffer(view, dtype=self._dtype))
-        self._channel.give_back(nbytes)
-        self._received += 1
-        self.recv_bytes += nbytes
-        return True
-
-    def run(self) -> None:
-        """Blocks both ways, until the peer's next one does not come or the other lanes get their turn."""
-        for _ in range(BLOCKS_PER_TURN):
-            while self.send():
-                pass
-            spins = 0
-            while not self.receive():
-                spins += 1
-                if spins > SPINS or self._sent == self._received:
-                    return
+        for _ in range(SPINS):
+            view = self._channel.try_recv_whole(nbytes, align=BLOCK_BYTES)
+            if view is not None:
+                self._combine(block, torch.frombuffer(view, dtype=self._dtype))
+                self._channel.give_back(nbytes)
+                self._received += 1
+                self.recv_bytes += nbytes
+                return True
+        return False
 
     def _combine(self, mine: Tensor, theirs: Tensor) -> None:
         first, second = (mine, theirs) if self._is_first else (theirs, mine)

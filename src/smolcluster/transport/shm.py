@@ -26,7 +26,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -128,7 +128,7 @@ class SharedMemoryChannel:
 
         Args:
             count: at most `align`.
-            align: bytes, a divisor of the ring's size. They begin at a multiple of it, so that the ring's end cuts none.
+            align: bytes, a divisor of the ring's size. They begin at a multiple of it, so that its end cuts none.
         """
         return self._outgoing.block(count, align)
 
@@ -157,23 +157,11 @@ class SharedMemoryChannel:
         Raises:
             ConnectionLost: the other side closed the connection or is gone, and all that it sent was received.
         """
-        view = self._incoming.view(limit)
-        if view is None and not self._has_moved and not self._listen():
-            view = self._incoming.view(limit)  # what it sent before it ended
-            if view is None:
-                raise self._lost()
-        self._has_moved = view is not None
-        return view
+        return self._look(self._incoming.view, limit)
 
     def try_recv_whole(self, count: int, *, align: int) -> memoryview | None:
         """`count` bytes that were sent by `try_send_view` and `commit`; None: not all have come. As `try_recv_view`."""
-        view = self._incoming.block(count, align)
-        if view is None and not self._has_moved and not self._listen():
-            view = self._incoming.block(count, align)
-            if view is None:
-                raise self._lost()
-        self._has_moved = view is not None
-        return view
+        return self._look(self._incoming.block, count, align)
 
     def give_back(self, count: int) -> None:
         """The first `count` bytes of the last view are done with; nobody reads them any more."""
@@ -189,6 +177,15 @@ class SharedMemoryChannel:
         # Unmapped with the last view, not here: another thread may be reading.
         self._outgoing.close(error)
         self._incoming.close(error)
+
+    def _look(self, find: Callable[..., memoryview | None], *wanted: int) -> memoryview | None:
+        view = find(*wanted)
+        if view is None and not self._has_moved and not self._listen():
+            view = find(*wanted)  # what it sent before it ended
+            if view is None:
+                raise self._lost()
+        self._has_moved = view is not None
+        return view
 
     def _wake(self) -> None:
         with contextlib.suppress(SmolError):  # gone: receiving tells, after what it still sent
