@@ -221,18 +221,25 @@ def wait_until(condition: Any) -> None:
         threading.Event().wait(0.005)
 
 
-def test_a_checkpoint_that_is_not_confirmed_leaves_everything_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", ["the checkpoint's own name", "latest"])
+def test_who_may_not_write_any_more_renames_nothing_and_removes_nothing(tmp_path: Path, at: str) -> None:
     def shards(value: float) -> dict[str, Shard]:
         return {"model/w": Shard(torch.full((3,), value), "param")}
 
+    others = tmp_path / "writing-step_00000002-another-process"
+    calls = []
+
     def given_up() -> None:
-        raise PeerLost("rank 0 was suspended", 0)
+        calls.append(at)
+        if len(calls) == (1 if at != "latest" else 2):
+            others.mkdir()  # of the run that goes on
+            raise PeerLost("rank 0 was suspended", 0)
 
     save_checkpoint(tmp_path, 1, shards(1.0), {})
-    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     with pytest.raises(PeerLost):
         save_checkpoint(tmp_path, 2, shards(2.0), {}, confirm=given_up)
-    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before
+    assert others.is_dir()
+    assert (tmp_path / "step_00000002").exists() == (at == "latest")
     weights, about = load_weights(tmp_path)
     assert (about["step"], weights["w"].tolist()) == (1, [1.0] * 3)
 

@@ -97,6 +97,11 @@ def test_sockets_are_encrypted_where_the_cluster_says_so() -> None:
     assert not tcp_options(make_config()).tls
 
 
+def test_shared_memory_is_used_unless_it_is_switched_off() -> None:
+    assert tcp_options(make_config()).shared_memory
+    assert not tcp_options(make_config(cluster={"shared_memory": "off"})).shared_memory
+
+
 def test_a_launcher_is_recognised_by_its_variables() -> None:
     assert launch_from_environment({}) is None
     assert launch_from_environment({"MASTER_ADDR": "left over"}) is None

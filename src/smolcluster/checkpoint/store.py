@@ -74,7 +74,8 @@ def save_checkpoint(
         meta: anything JSON that a reader needs, such as the configuration.
         others: (rank, that rank's part), taken one by one, so that only one is in memory. Together with `shards` they
             hold every element of every tensor exactly once.
-        confirm: called when all is written, before it counts; what it raises leaves everything as it was.
+        confirm: called before what is written counts. It raises if the folder may be another process's by now: then
+            nothing in it is touched any more.
 
     Returns:
         The checkpoint's folder.
@@ -85,13 +86,21 @@ def save_checkpoint(
     if (problem := find_unstorable(shards)) is not None:
         raise TrainingStopped(f"the checkpoint of step {step} cannot be written: {problem}")
     target = folder / f"step_{step:08d}"
-    is_done = False
+    is_done, is_ours = False, True
+
+    def check() -> None:
+        nonlocal is_ours
+        if confirm is not None:
+            is_ours = False
+            confirm()
+            is_ours = True
+
     try:
         disk.make_folder(folder)
         _remove_unfinished(folder)
         if not _is_whole(target):
-            _write_and_rename(folder, target, step, shards, meta, others, confirm)
-        _point_latest(folder, target.name)
+            _write_and_rename(folder, target, step, shards, meta, others, check)
+        _point_latest(folder, target.name, check)
         is_done = True
     except (OSError, SafetensorError) as exc:
         raise TrainingStopped(
@@ -99,7 +108,7 @@ def save_checkpoint(
             "Free some space, or give --out a folder on another disk; earlier checkpoints are whole"
         ) from exc
     finally:
-        if not is_done:  # on a full disk every byte counts
+        if not is_done and is_ours:  # on a full disk every byte counts
             with contextlib.suppress(OSError):
                 _remove_unfinished(folder)
     return target
@@ -257,7 +266,7 @@ def _write_and_rename(
     shards: Mapping[str, Shard],
     meta: JsonObject,
     others: Iterable[tuple[int, Mapping[str, Shard]]],
-    confirm: Callable[[], None] | None,
+    check: Callable[[], None],
 ) -> None:
     temporary = folder / f"{_TEMPORARY}{target.name}-{os.getpid()}"
     disk.make_folder(temporary)
@@ -268,8 +277,7 @@ def _write_and_rename(
     for rank, of_rank in others:
         draft.write(f"state-rank{rank:04d}.safetensors", of_rank)
     draft.write_index(step, meta)
-    if confirm is not None:
-        confirm()
+    check()
     disk.remove(target)  # a damaged one: it was looked at before
     disk.rename(temporary, target)
     disk.sync_folder(folder)
@@ -349,10 +357,12 @@ def _read_latest(folder: Path) -> str | None:
     return None
 
 
-def _point_latest(folder: Path, name: str) -> None:
+def _point_latest(folder: Path, name: str, check: Callable[[], None] | None = None) -> None:
     temporary = folder / f"{_TEMPORARY}{LATEST}"
     disk.write_text(temporary, name + "\n")
     disk.sync_file(temporary)
+    if check is not None:
+        check()
     disk.rename(temporary, folder / LATEST)
     disk.sync_folder(folder)
 

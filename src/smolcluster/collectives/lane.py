@@ -18,7 +18,7 @@ from smolcluster.errors import SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
 from smolcluster.transport.frame import Prelude
-from smolcluster.transport.shm import SharedMemoryChannel
+from smolcluster.transport.shm import ALIGNMENT, SharedMemoryChannel
 from smolcluster.transport.tcp import MAX_SEND_BUFFERS
 from smolcluster.transport.tensors import check_payload, raw_bytes
 
@@ -179,12 +179,15 @@ class Lane:
         """Send about a quantum, or what the connection takes; True if it took any."""
         if not self._out:
             return self.swap is not None and self._move(self.swap, self.swap.send)
-        buffers, gathered = [], 0
+        buffers: list[memoryview] = []
+        gathered = 0
         for buffer in self._out:
-            buffers.append(buffer[: self._quantum_bytes - gathered])
-            gathered += len(buffers[-1])
-            if gathered == self._quantum_bytes or len(buffers) == MAX_SEND_BUFFERS:
+            # Only the end of a payload may be no multiple: see SharedMemoryChannel.
+            room = (self._quantum_bytes - gathered) // ALIGNMENT * ALIGNMENT
+            if room == 0 or len(buffers) == MAX_SEND_BUFFERS:
                 break
+            buffers.append(buffer[:room])
+            gathered += len(buffers[-1])
         at = time.monotonic() if self.spans.is_on() else 0.0
         taken = self.channel.try_send(buffers)
         if taken == 0:
@@ -283,14 +286,13 @@ class Lane:
         """Let `swap` send blocks, and count them; True if there were any."""
         if self._out:
             return False  # the frame's head
-        at = time.monotonic() if self.spans.is_on() else 0.0
         before = swap.sent_bytes
         action()
         count = swap.sent_bytes - before
         self.sent_bytes += count
         self.queued_bytes -= count
-        if count and at:
-            self.spans.sent(at, self.sent_bytes)
+        if count and self.spans.is_on():
+            self.spans.sent(time.monotonic(), self.sent_bytes)
         return count > 0
 
     def _complete(self) -> None:

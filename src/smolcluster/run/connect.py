@@ -39,6 +39,7 @@ def connect(
     patience: float = DEFAULT_PATIENCE,
     token_file: Path | None = None,
     tls: bool = False,
+    shared_memory: bool = True,
 ) -> Communicator:
     """The communicator of this process: the launcher's job, or world size 1 without one.
 
@@ -50,6 +51,7 @@ def connect(
         patience: seconds until a silent rank counts as lost.
         token_file: where the cluster token is, for tcp; None: `SMOLCLUSTER_TOKEN`, or the user's config folder.
         tls: encrypt all connections, for tcp.
+        shared_memory: exchange tensors in shared memory with ranks at the same address, for tcp.
 
     Raises:
         ConfigError: the launcher's variables or the token are wrong.
@@ -63,7 +65,8 @@ def connect(
         if tls:
             raise ConfigError(f"tls is of backend tcp; {backend} does not encrypt")
         return join_torch(backend, launch.rank, launch.world_size, "env://", patience)
-    world, comm = join_launch(launch, load_token(token_file), patience=patience, options={}, tls=tls)
+    token = load_token(token_file)
+    world, comm = join_launch(launch, token, patience=patience, options={}, tls=tls, shared_memory=shared_memory)
     warning = exposed(world, tls=tls)
     if warning and launch.rank == 0:
         logger.warning("%s", warning)
@@ -93,6 +96,7 @@ def join_tcp(
     options: Mapping[str, str],
     buffer_bytes: int | None = None,
     tls: bool = False,
+    shared_memory: bool = True,
 ) -> tuple[World, Communicator]:
     """Meet the other ranks and open the connections to them; blocks until all are there.
 
@@ -108,6 +112,7 @@ def join_tcp(
         options: what must be equal on all ranks.
         buffer_bytes: of the sockets that this rank dials; the listener has its own. None: the kernel tunes.
         tls: whether the sockets that this rank dials are encrypted; the listener's must be alike.
+        shared_memory: whether to share memory with ranks at the same address that this rank dials.
 
     Raises:
         RendezvousTimeout: not all came in time.
@@ -124,7 +129,7 @@ def join_tcp(
         patience=patience,
         timeout=JOIN_PATIENCES * patience,
         options=options,
-        network=TcpNetwork(token, TcpOptions(patience, buffer_bytes, tls)),
+        network=TcpNetwork(token, TcpOptions(patience, buffer_bytes, tls, shared_memory)),
     )
     return world, TcpCommunicator(world)
 
@@ -160,6 +165,7 @@ def join_launch(
     options: Mapping[str, str],
     buffer_bytes: int | None = None,
     tls: bool = False,
+    shared_memory: bool = True,
 ) -> tuple[World, Communicator]:
     """Join a launcher's job over our TCP engine; blocks until all ranks are there.
 
@@ -172,7 +178,7 @@ def join_launch(
         at, port = host, 0 if launch.agent_store else launch.master_port
     else:
         at, port = _address_towards(host, launch.master_port), 0
-    options_here = TcpOptions(patience, buffer_bytes, tls)
+    options_here = TcpOptions(patience, buffer_bytes, tls, shared_memory)
     listener = listen(at, port, token=token, run_id=run_id, rank=launch.rank, options=options_here)
     leader_address = f"tcp://{host}:{launch.master_port}"
     if launch.agent_store:
@@ -190,6 +196,7 @@ def join_launch(
         options=options,
         buffer_bytes=buffer_bytes,
         tls=tls,
+        shared_memory=shared_memory,
     )
 
 

@@ -137,6 +137,7 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
             options=shared_options(config),
             buffer_bytes=sockets.buffer_bytes,
             tls=sockets.tls,
+            shared_memory=sockets.shared_memory,
         )
 
     with contextlib.closing(listener):
@@ -165,6 +166,7 @@ def run_launched(config: Config, launch: Launch, options: NodeOptions) -> Ran:
                 options=shared_options(config),
                 buffer_bytes=sockets.buffer_bytes,
                 tls=sockets.tls,
+                shared_memory=sockets.shared_memory,
             )
             warning = exposed(world, tls=sockets.tls)
             if warning and launch.rank == 0:

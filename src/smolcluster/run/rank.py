@@ -190,6 +190,7 @@ class _Rank:
                 options=shared_options(start.config),
                 buffer_bytes=tcp_options(start.config).buffer_bytes,
                 tls=start.config.cluster.tls,
+                shared_memory=tcp_options(start.config).shared_memory,
             )
         if start.world_size == 1:
             return None, alone()

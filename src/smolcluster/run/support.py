@@ -76,7 +76,7 @@ def rank_weights(config: Config, names: list[str]) -> list[float]:
 
 
 def tcp_options(config: Config, host: str | None = None) -> TcpOptions:
-    """How this machine's sockets are set up: `cluster.patience`, and its part of `cluster.buffer_size`.
+    """How this machine's sockets are set up: `cluster.patience`, `tls`, `shared_memory`, its part of `buffer_size`.
 
     Args:
         config: the resolved configuration.
@@ -87,7 +87,8 @@ def tcp_options(config: Config, host: str | None = None) -> TcpOptions:
         own = socket.gethostname()
         names = [own, own.partition(".")[0]] if host is None else [host]
         asked = next((asked[name] for name in names if name in asked), None)
-    return TcpOptions(config.cluster.patience, None if asked is None else asked << 20, config.cluster.tls)
+    buffer_bytes, shared_memory = None if asked is None else asked << 20, config.cluster.shared_memory == "auto"
+    return TcpOptions(config.cluster.patience, buffer_bytes, config.cluster.tls, shared_memory)
 
 
 def exposure(hosts: Iterable[str], *, tls: bool) -> str | None:
