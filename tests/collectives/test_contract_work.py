@@ -488,6 +488,26 @@ def test_close_can_be_called_twice_and_leaves_no_thread(run_ranks: RunRanks) -> 
     assert not left, left
 
 
+def test_close_closes_what_was_split_off(run_ranks: RunRanks) -> None:
+    before = set(threading.enumerate())
+
+    def fn(comm: Communicator) -> None:
+        lane = comm.split([2, 0, 1], "lane")
+        assert lane is not None
+        part = lane.split([1, 0], "part")
+        lane.barrier(PATIENCE)
+        comm.barrier(PATIENCE)
+        comm.close()
+        for group in (lane, part):
+            if group is not None:
+                with pytest.raises(SmolError):
+                    group.barrier(PATIENCE)
+
+    run_ranks(3, fn)
+    left = [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
+    assert not left, left
+
+
 def test_calls_after_close_raise_instead_of_hanging(run_ranks: RunRanks) -> None:
     def fn(comm: Communicator) -> None:
         comm.barrier(PATIENCE)

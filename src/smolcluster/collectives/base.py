@@ -154,5 +154,8 @@ class Communicator(Protocol):
         ...
 
     def close(self) -> None:
-        """Release connections and threads. Call after the last Work is done, on every rank."""
+        """Release connections and threads, and those of what was split off.
+
+        Call after the last Work is done, on every rank. May be called again.
+        """
         ...

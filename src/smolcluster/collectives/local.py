@@ -97,7 +97,7 @@ class LocalCommunicator:
         self.world_size = table.world_size
         self.generation = generation
         self.telemetry = telemetry
-        self._splits = 0
+        self._children: list[LocalCommunicator] = []
 
     def all_reduce(
         self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | ErrorFeedback | None = None
@@ -184,7 +184,9 @@ class LocalCommunicator:
         if self.rank not in members:
             return None
         assert call.table is not None
-        return LocalCommunicator(call.table, members.index(self.rank), self.generation, self.telemetry)
+        child = LocalCommunicator(call.table, members.index(self.rank), self.generation, self.telemetry)
+        self._children.append(child)
+        return child
 
     def abort(self, error: SmolError) -> None:
         """Fail every pending and later call of the whole group, and of groups split from it, with `error`."""
@@ -192,6 +194,8 @@ class LocalCommunicator:
 
     def close(self) -> None:
         """Leave the group. Whoever still waits for a call of this rank gets PeerLost. May be called again."""
+        for child in self._children:
+            child.close()
         self._table.leave(self.rank)
 
     def _issue(

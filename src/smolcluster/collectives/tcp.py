@@ -82,6 +82,8 @@ class TcpCommunicator:
         self._plan = plan or Plan()
         self._staging = staging or DeviceStaging()
         self._split_names: set[str] = set()
+        self._children: list[TcpCommunicator] = []  # split off; closed together with this one
+        self._is_closed = False
         self._order = threading.Lock()  # sequence numbers are given out in the order of submission
         self._sequence = 0
         self._forget: list[Callable[[], None]] = []  # what the world is to forget of a closed group
@@ -310,10 +312,12 @@ class TcpCommunicator:
         if name in self._split_names:
             raise ValueError(f"split: this communicator has been split as {name!r} already; take another name")
         self._split_names.add(name)
-        return TcpCommunicator(
+        child = TcpCommunicator(
             self._world, ranks=members, name=f"{self._name}/{name}", plan=self._plan, staging=self._staging,
             telemetry=self.telemetry,
         )  # fmt: skip
+        self._children.append(child)
+        return child
 
     def abort(self, error: SmolError) -> None:
         """Ends the run on every rank: they all fail with `error`, of the same class where they know it."""
@@ -321,6 +325,11 @@ class TcpCommunicator:
         self._loop.fail(error)
 
     def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for child in self._children:
+            child.close()
         self._loop.close()
         self._be_forgotten()
         self.telemetry.remove_source(self._count_bytes)
