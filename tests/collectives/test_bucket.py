@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -8,9 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from collectives.contract import run_group, same_bits
 from smolcluster.collectives.base import Work
-from smolcluster.collectives.bucket import FIRST_BUCKET_BYTES, GradientBuckets, StepSums, plan_buckets
+from smolcluster.collectives.bucket import (
+    FIRST_BUCKET_BYTES,
+    LARGE_BYTES,
+    GradientBuckets,
+    StepSums,
+    plan_buckets,
+)
 from smolcluster.collectives.codec import codec_for
+from smolcluster.collectives.groups import tcp_group
 from smolcluster.collectives.local import LocalCommunicator, LocalGroup
 from smolcluster.errors import ConfigError
 
@@ -382,3 +391,63 @@ def test_an_all_reduces_span_begins_when_the_one_before_it_has_ended(monkeypatch
     gradients.wait()
     spans = [(span.name, span.start, span.end) for span in comm.telemetry.drain()]
     assert spans == [("comm_wait", 104.0, 105.0), ("all_reduce", 100.0, 102.0), ("all_reduce", 102.0, 103.0)]
+
+
+# ---- two ranks that share memory
+
+LARGE = LARGE_BYTES // 4  # float32 elements
+SHAPES = [(3,), (LARGE,), (5, LARGE // 4), (1,), (LARGE - 1,)]
+# By step: what each rank's gradients are; None: that parameter takes no part.
+CASES: list[dict[int, list[float | None]]] = [
+    {0: [1.0, 2.0, 3.0, 4.0, 5.0], 1: [0.5, 0.25, 7.0, 1.0, 9.0]},
+    {0: [1.0, None, 3.0, None, 5.0], 1: [None, 0.25, None, None, None]},
+    {0: [None, None, None, None, None], 1: [1.0, 2.0, 3.0, 4.0, 5.0]},
+]
+
+
+def reduced_in_steps(
+    comm: Any, dtypes: list[torch.dtype], sets: int
+) -> list[tuple[StepSums, list[Tensor | None], list[int]]]:
+    """Sums, gradients and where autograd had put these, of all cases one after the other, `sets` under way at once."""
+    params = [nn.Parameter(torch.zeros(*shape, dtype=dtype)) for shape, dtype in zip(SHAPES, dtypes, strict=True)]
+    params[2] = nn.Parameter(params[2].detach().t())  # columns first
+    buckets = GradientBuckets(params, comm, sets=sets)
+    under_way: list[tuple[Any, list[int]]] = []
+    results = []
+    for step, case in enumerate([*CASES, None, None][: len(CASES) + sets - 1]):
+        if case is not None:
+            buckets.begin(step, count=3 + comm.rank, samples=2, planned=7)
+            buckets.arm(torch.tensor(1.5))
+            backward(params, case[comm.rank])
+            places = [0 if param.grad is None else param.grad.data_ptr() for param in params]
+            under_way.append((buckets.flush(), places))
+        if len(under_way) == sets or case is None:
+            gradients, places = under_way.pop(0)
+            sums = gradients.wait()
+            gradients.install()
+            results.append((sums, [None if param.grad is None else param.grad.clone() for param in params], places))
+            assert all(param.grad is None or param.grad.stride() == param.stride() for param in params)
+            if places[1] and params[1].nbytes >= LARGE_BYTES and comm.all_reduce_scattered is not None:
+                assert params[1].grad is not None
+                assert params[1].grad.data_ptr() == places[1]  # reduced where it lies
+            for param in params:
+                param.grad = None
+    buckets.close()
+    return results
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ranks of one host speak TCP on Windows")
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("half", [[], [1], [4], [0, 1, 2, 3, 4]])
+def test_ranks_that_share_memory_reduce_the_same_where_autograd_left_it(half: list[int], sets: int) -> None:
+    dtypes = [torch.bfloat16 if index in half else torch.float32 for index in range(len(SHAPES))]
+    group = tcp_group(2, shared_memory=True)
+    through_memory = run_group(group, lambda comm: reduced_in_steps(comm, dtypes, sets))
+    expected = LocalGroup(2).run(lambda comm: reduced_in_steps(comm, dtypes, sets))
+    for mine, theirs in zip(through_memory, expected, strict=True):
+        assert len(mine) == len(CASES)
+        for (sums, grads, _), (wanted_sums, wanted_grads, _) in zip(mine, theirs, strict=True):
+            assert sums == wanted_sums
+            for grad, wanted in zip(grads, wanted_grads, strict=True):
+                assert (grad is None) == (wanted is None)
+                assert grad is None or (wanted is not None and same_bits([grad, wanted]))

@@ -83,6 +83,49 @@ def test_two_ranks_reduce_any_size_one_after_the_other() -> None:
         assert same_bits([mine, theirs, noise(count, torch.float32, 0) + noise(count, torch.float32, 1)])
 
 
+def test_two_ranks_reduce_tensors_that_lie_anywhere() -> None:
+    counts = [1, BLOCK + 3, 0, 3 * BLOCK, 7, BLOCK, BULK_RING_BYTES // 4 + 1]
+
+    def fn(comm: Communicator) -> list[Tensor]:
+        tensors = [noise(count, torch.float32, comm.rank).view(1, count) for count in counts]
+        places = [tensor.data_ptr() for tensor in tensors]
+        assert comm.all_reduce_scattered is not None
+        comm.all_reduce_scattered(tensors).wait(PATIENCE)
+        assert [tensor.data_ptr() for tensor in tensors] == places
+        return tensors
+
+    results = run_group(tcp_group(2, shared_memory=True), fn)
+    for count, mine, theirs in zip(counts, *results, strict=True):
+        expected = noise(count, torch.float32, 0) + noise(count, torch.float32, 1)
+        assert same_bits([mine.flatten(), theirs.flatten(), expected])
+
+
+def test_what_cannot_be_reduced_where_it_lies_is_refused() -> None:
+    def fn(comm: Communicator) -> None:
+        scattered = comm.all_reduce_scattered
+        assert scattered is not None
+        for tensors, what in (
+            ([], "at least one"),
+            ([torch.ones(2, 3).t()], "not contiguous"),
+            ([torch.ones(2), torch.ones(2, dtype=torch.float64)], "of one dtype"),
+            ([torch.ones(2), torch.ones(2, device="meta")], "on the CPU"),
+        ):
+            with pytest.raises(ValueError, match=what):
+                scattered(tensors)
+        comm.barrier(PATIENCE)
+
+    run_group(tcp_group(2, shared_memory=True), fn)
+
+
+@pytest.mark.parametrize(("world_size", "shared_memory"), [(2, False), (3, True)])
+def test_others_copy_together_what_they_reduce(world_size: int, shared_memory: bool) -> None:
+    def fn(comm: Communicator) -> None:
+        assert comm.all_reduce_scattered is None
+        comm.barrier(PATIENCE)
+
+    run_group(tcp_group(world_size, shared_memory=shared_memory), fn)
+
+
 def test_two_ranks_agree_on_the_sign_of_zero_and_on_nan() -> None:
     first = torch.tensor([0.0, -0.0, float("nan"), 1.0, -0.0, float("inf")])
     second = torch.tensor([-0.0, 0.0, 1.0, float("nan"), -0.0, float("-inf")])

@@ -101,6 +101,15 @@ class Communicator(Protocol):
         """
         ...
 
+    @property
+    def all_reduce_scattered(self) -> Callable[[Sequence[Tensor]], Work] | None:
+        """Sums contiguous CPU tensors of one dtype in place, as if they were one behind the other, and copies none.
+
+        As many and as long ones on every rank. For ranks that read each other's memory; None, on all ranks: this group
+        would have to copy them together, which its caller knows better how to do.
+        """
+        ...
+
     def reduce_scatter(
         self, output: Tensor, input: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | None = None
     ) -> Work:

@@ -14,6 +14,10 @@ One step, as an algorithm sees it:
 
 Cost: one copy of the gradients per step (none at world size 1) and `sets` times their memory, with int8 once more: what
 its encodings have lost (codec.ErrorFeedback) is kept for each bucket, whichever set carries it.
+
+Where the communicator reduces tensors wherever they lie (two ranks that share memory), nothing is copied and no hook
+runs: all gradients go in one call after backward. There the all-reduce takes a few percent of backward's time, all of
+it the processor's, and overlapping it would cost more than it hides.
 Source: Li et al. 2020, PyTorch Distributed, arXiv:2006.15704, section 3.2.3 (buckets, overlap).
 """
 
@@ -41,6 +45,9 @@ MIN_PARTS = 8
 MIN_BUCKET_BYTES = 256 * 2**10
 # The first bucket is small, so that the network has work early in backward.
 FIRST_BUCKET_BYTES = 2**20
+
+# Where gradients are reduced where they lie: from this size on, an operation of its own costs less than a copy.
+LARGE_BYTES = 64 * 2**10
 
 # The tail's fields before its one field per parameter: loss sum, targets, samples, planned targets, ranks whose
 # loss is not finite, stop votes.
@@ -103,28 +110,35 @@ class GradientBuckets:
         """
         self._params = list(params)
         self._comm = comm
-        self._layout = plan_buckets(self._params, bucket_bytes)
+        # Only what lies in the CPU's memory can be read by another process.
+        is_on_cpu = all(param.device.type == "cpu" for param in self._params)
+        is_scattered = comm.all_reduce_scattered is not None and codec is None and is_on_cpu
+        self._layout = by_dtype(self._params) if is_scattered else plan_buckets(self._params, bucket_bytes)
         self._codecs: list[Codec | ErrorFeedback | None] = [codec] * len(self._layout)
         self._bucket_of = {index: i for i, bucket in enumerate(self._layout) for index in bucket}
         self._own: _Own | None = None
         self._is_armed = False
         self._handles = []
-        self._sets: list[_BucketSet] = []
+        self._sets: list[_FlatSet | _ScatteredSet] = []
         self._timeline = _Timeline(comm.telemetry, follow=sets > 1)
         if comm.world_size > 1:
             # Sums of counts must be exact: float32 counts to 16.7 million, more targets than one step has, but
             # half precision and lossy codecs do not.
             tail_dtype = self._params[self._layout[-1][0]].dtype if self._layout else None
             has_own_tail = codec is not None or tail_dtype not in (torch.float32, torch.float64)
-            self._sets = [_BucketSet(self._params, self._layout, has_own_tail) for _ in range(sets)]
+            kind = _ScatteredSet if is_scattered else _FlatSet
+            self._sets = [kind(self._params, self._layout, has_own_tail) for _ in range(sets)]
+        if comm.world_size > 1 and not is_scattered:
             self._handles = [
                 param.register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
                 for index, param in enumerate(self._params)
             ]
         self._residuals: dict[int, Tensor] = {}
         if isinstance(codec, Int8Codec) and self._sets:
-            for i, (bucket, flat) in enumerate(zip(self._layout, self._sets[0].flats, strict=True)):
-                feedback = ErrorFeedback(codec, torch.zeros_like(flat, device="cpu"))
+            for i, bucket in enumerate(self._layout):
+                elements = sum(self._params[index].numel() for index in bucket)
+                dtype = self._params[bucket[0]].dtype
+                feedback = ErrorFeedback(codec, torch.zeros(elements, dtype=dtype))
                 self._codecs[i] = feedback
                 self._residuals |= _places(feedback.residual, bucket, self._params)
 
@@ -184,10 +198,10 @@ class GradientBuckets:
         if self._set.has_own_tail:
             if self._overflowed is not None:
                 self._set.tail[4] += self._overflowed.cpu()
-            self._issue(self._set.tail, codec=None)
-        views: list[Tensor | None] = [*self._set.views]
+            self._pending.append(_Pending(self._comm.all_reduce(self._set.tail), self._set.tail.nbytes))
+        reduced: list[Tensor | None] = [*self._set.grads]
         tail = self._set.tail
-        return StepGradients(own, self._params, views, self._comm, None, tail, self._pending, self._timeline)
+        return StepGradients(own, self._params, reduced, self._comm, None, tail, self._pending, self._timeline)
 
     def restore(self, step: int, grads: list[Tensor | None], sums: StepSums) -> StepGradients:
         """A step's gradients as a checkpoint kept them: reduced already."""
@@ -219,22 +233,27 @@ class GradientBuckets:
         self._taken[index] = True
         param = self._params[index]
         if param.grad is None:
-            self._set.views[index].zero_()
             self._set.tail[_TAIL_FIELDS + index] = 0.0
-        else:
-            self._set.views[index].copy_(param.grad)
-            param.grad = None
+        self._set.put(index, param.grad)
+        param.grad = None
         bucket = self._bucket_of[index]
         self._missing[bucket] -= 1
         while len(self._pending) < len(self._layout) and self._missing[len(self._pending)] == 0:
-            flat, codec = self._set.flats[len(self._pending)], self._codecs[len(self._pending)]
-            if codec is not None:
-                # A codec may turn what is not finite into numbers, so each rank says so before it encodes.
-                overflowed = ~torch.isfinite(flat.sum())
-                self._overflowed = overflowed if self._overflowed is None else self._overflowed | overflowed
-            self._issue(flat, codec)
+            self._send(len(self._pending))
 
-    def _issue(self, flat: Tensor, codec: Codec | ErrorFeedback | None) -> None:
+    def _send(self, bucket: int) -> None:
+        codec = self._codecs[bucket]
+        if isinstance(self._set, _ScatteredSet):
+            tensors = self._set.bucket(bucket)
+            assert self._comm.all_reduce_scattered is not None
+            work = self._comm.all_reduce_scattered(tensors)
+            self._pending.append(_Pending(work, sum(tensor.nbytes for tensor in tensors)))
+            return
+        flat = self._set.buckets[bucket]
+        if codec is not None:
+            # A codec may turn what is not finite into numbers, so each rank says so before it encodes.
+            overflowed = ~torch.isfinite(flat.sum())
+            self._overflowed = overflowed if self._overflowed is None else self._overflowed | overflowed
         self._pending.append(_Pending(self._comm.all_reduce(flat, codec=codec), flat.nbytes))
 
     def _write_tail(self, loss_sum: Tensor) -> None:
@@ -350,12 +369,20 @@ def plan_buckets(params: Sequence[nn.Parameter], bucket_bytes: int) -> list[list
     return sorted(buckets, key=lambda bucket: -bucket[-1])
 
 
-class _BucketSet:
-    """The flat tensors of one step in flight, and each parameter's place in them."""
+def by_dtype(params: Sequence[nn.Parameter]) -> list[list[int]]:
+    """One bucket for each dtype, as `plan_buckets` gives them."""
+    buckets: dict[torch.dtype, list[int]] = {}
+    for index in reversed(range(len(params))):
+        buckets.setdefault(params[index].dtype, []).append(index)
+    return list(buckets.values())
+
+
+class _FlatSet:
+    """The gradients of one step in flight, copied together: a flat tensor for each bucket."""
 
     def __init__(self, params: list[nn.Parameter], layout: list[list[int]], has_own_tail: bool) -> None:
         self.has_own_tail = has_own_tail
-        self.flats: list[Tensor] = []
+        self.buckets: list[Tensor] = []
         tail_length = _TAIL_FIELDS + len(params)
         views: dict[int, Tensor] = {}
         for bucket in layout:
@@ -364,10 +391,55 @@ class _BucketSet:
             first = params[bucket[0]]
             flat = torch.zeros(length, dtype=first.dtype, device=first.device)
             views |= _places(flat, bucket, params)
-            self.flats.append(flat)
-        self.views = [views[index] for index in range(len(params))]
+            self.buckets.append(flat)
+        self.grads = [views[index] for index in range(len(params))]
         # On the CPU: Apple's MPS has no float64.
         self.tail = torch.zeros(tail_length, dtype=torch.float64) if has_own_tail else flat[-tail_length:]
+
+    def put(self, index: int, grad: Tensor | None) -> None:
+        """Take over a parameter's gradient; None: zeros."""
+        if grad is None:
+            self.grads[index].zero_()
+        else:
+            self.grads[index].copy_(grad)
+
+
+class _ScatteredSet:
+    """The gradients of one step in flight where autograd left them, but for small ones, which are copied together."""
+
+    def __init__(self, params: list[nn.Parameter], layout: list[list[int]], has_own_tail: bool) -> None:
+        self.has_own_tail = has_own_tail
+        self._params = params
+        tail_length = _TAIL_FIELDS + len(params)
+        self._large = [[index for index in bucket if _is_large(params[index])] for bucket in layout]
+        small = [[index for index in bucket if not _is_large(params[index])] for bucket in layout]
+        self._together: list[Tensor] = []
+        self.grads: list[Tensor] = [*params]  # replaced in every step
+        for bucket, indices in zip(layout, small, strict=True):
+            is_tailed = bucket is layout[-1] and not has_own_tail
+            length = sum(params[index].numel() for index in indices) + (tail_length if is_tailed else 0)
+            flat = torch.zeros(length, dtype=params[bucket[0]].dtype)
+            for index, place in _places(flat, indices, params).items():
+                self.grads[index] = place
+            self._together.append(flat)
+        self.tail = torch.zeros(tail_length, dtype=torch.float64) if has_own_tail else flat[-tail_length:]
+
+    def put(self, index: int, grad: Tensor | None) -> None:
+        """Take over a parameter's gradient; None: zeros."""
+        if grad is None:
+            grad = torch.zeros_like(self._params[index])
+        if _is_large(grad):
+            self.grads[index] = grad.contiguous()
+        else:
+            self.grads[index].copy_(grad)
+
+    def bucket(self, number: int) -> list[Tensor]:
+        """What bucket `number` consists of."""
+        return [*(self.grads[index] for index in self._large[number]), self._together[number]]
+
+
+def _is_large(tensor: Tensor) -> bool:
+    return tensor.nbytes >= LARGE_BYTES
 
 
 def _places(flat: Tensor, bucket: list[int], params: list[nn.Parameter]) -> dict[int, Tensor]:

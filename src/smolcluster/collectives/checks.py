@@ -61,6 +61,20 @@ def check_all_reduce(tensor: Tensor, op: ReduceOp, codec: Codec | ErrorFeedback 
             )
 
 
+def check_scattered(tensors: Sequence[Tensor]) -> None:
+    """The arguments of `all_reduce_scattered`."""
+    if not tensors:
+        raise ValueError("all_reduce_scattered needs at least one tensor")
+    for index, tensor in enumerate(tensors):
+        check_contiguous(tensor, f"tensors[{index}]")
+        if tensor.dtype != tensors[0].dtype or not tensor.is_cpu:
+            raise ValueError(
+                f"tensors[{index}] is {tensor.dtype} on {tensor.device}, tensors[0] is {tensors[0].dtype}: all must be "
+                "of one dtype, on the CPU"
+            )
+    check_reducible(tensors[0].dtype, ReduceOp.SUM, None)
+
+
 def check_reduce_scatter(output: Tensor, input: Tensor, op: ReduceOp, codec: Codec | None, world_size: int) -> None:
     """The arguments of `reduce_scatter`."""
     _check_parts("input", input, "output", output, world_size)

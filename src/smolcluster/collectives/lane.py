@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -256,11 +256,11 @@ class Lane:
             self._sum = Sum(torch.empty(min(MAX_SUM_BYTES, self._quantum_bytes), dtype=torch.uint8))
         return self._sum.begin(target, op)
 
-    def begin_swap(self, prelude: Prelude, tensor: Tensor, op: ReduceOp) -> None:
-        """Reduce `tensor` with the peer, the only other rank of the group, which must do the same."""
+    def begin_swap(self, prelude: Prelude, tensors: Sequence[Tensor], op: ReduceOp) -> None:
+        """Reduce `tensors` with the peer, the only other rank of the group, which must do the same."""
         assert self._shared is not None
-        self.swap = Swap(self._shared, tensor, op, is_first=self.peer == 1)
-        self.enqueue(prelude, [memoryview(frame.pack(prelude))], more_bytes=tensor.nbytes)
+        self.swap = Swap(self._shared, tensors, op, is_first=self.peer == 1)
+        self.enqueue(prelude, [memoryview(frame.pack(prelude))], more_bytes=len(self.swap))
 
     def _receive(self, body: memoryview | Sum | Swap) -> int:
         """Receive more of the payload; returns the bytes that came."""

@@ -97,6 +97,7 @@ class LocalCommunicator:
         self.world_size = table.world_size
         self.generation = generation
         self.telemetry = telemetry
+        self.all_reduce_scattered = None
         self._children: list[LocalCommunicator] = []
 
     def all_reduce(

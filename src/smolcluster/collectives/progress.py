@@ -490,16 +490,17 @@ class ProgressLoop:
                     "it came before"
                 )
             return None
-        if arrival.into is None:
+        if arrival.nbytes is None:
             arrival.into = empty_for(prelude, frame.unpack_dims(dims, prelude, frame.SHAPED[prelude.operation]))
-        if arrival.hop != prelude.hop or arrival.into.nbytes != prelude.nbytes:
+            arrival.nbytes = arrival.into.nbytes
+        if arrival.hop != prelude.hop or arrival.nbytes != prelude.nbytes:
             raise CollectiveMismatch(
                 f"rank {lane.peer} sent hop {prelude.hop} with {prelude.nbytes} bytes of {prelude.describe()}, hop "
-                f"{arrival.hop} with {arrival.into.nbytes} bytes was expected"
+                f"{arrival.hop} with {arrival.nbytes} bytes was expected"
             )
-        if arrival.op is None:
-            return raw_bytes(arrival.into)
-        return lane.swap or lane.sum_into(arrival.into, arrival.op)
+        if arrival.into is None:
+            return lane.swap
+        return raw_bytes(arrival.into) if arrival.op is None else lane.sum_into(arrival.into, arrival.op)
 
     def arrived(self, lane: Lane, prelude: Prelude) -> None:
         """See Receiver."""

@@ -10,6 +10,8 @@ operations in MPICH", section 4, whose one round for two ranks this is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,25 +33,29 @@ class Swap:
     Cost: a + S * b.
     """
 
-    def __init__(self, channel: SharedMemoryChannel, tensor: Tensor, op: ReduceOp, *, is_first: bool) -> None:
+    def __init__(
+        self, channel: SharedMemoryChannel, tensors: Sequence[Tensor], op: ReduceOp, *, is_first: bool
+    ) -> None:
         """Send nothing yet.
 
         Args:
             channel: to the other rank.
-            tensor: (n,), on CPU; reduced in place.
+            tensors: (n,) each, of one dtype, on the CPU; reduced in place. As many and as long on both ranks.
             op: SUM, AVG or MAX.
             is_first: this is the lower rank of the two.
         """
         self.sent_bytes = 0
         self.recv_bytes = 0
         self._channel = channel
-        self._nbytes = tensor.nbytes
-        self._blocks = torch.split(tensor, BLOCK_BYTES // tensor.element_size()) if self._nbytes else ()
+        self._nbytes = sum(tensor.nbytes for tensor in tensors)
+        self._dtype = tensors[0].dtype
+        # None has parts of two tensors: parts that begin at odd places take longer to copy.
+        block = BLOCK_BYTES // self._dtype.itemsize
+        self._blocks = [part for tensor in tensors for part in torch.split(tensor, block) if part.numel()]
         self._sent = 0  # blocks
         self._received = 0
         self._op = op
         self._is_first = is_first
-        self._dtype = tensor.dtype
 
     def __len__(self) -> int:
         return self._nbytes
@@ -97,9 +103,10 @@ class Swap:
         return False
 
     def _combine(self, mine: Tensor, theirs: Tensor) -> None:
-        first, second = (mine, theirs) if self._is_first else (theirs, mine)
         if self._op == ReduceOp.MAX:
+            # Of 0 and -0, torch takes the first.
+            first, second = (mine, theirs) if self._is_first else (theirs, mine)
             torch.maximum(first, second, out=mine)
         else:
-            torch.add(first, second, out=mine)
+            mine.add_(theirs)  # a + b and b + a are the same bits; half the time of torch.add with `out`
         finish_average(mine, self._op, 2)

@@ -109,7 +109,8 @@ class TcpCommunicator:
             self._loop.close()
             self._be_forgotten()
             raise
-        self._shares_pair = self.world_size == 2 and self._collective_lanes[1 - self.rank].shares_memory
+        shares_pair = self.world_size == 2 and self._collective_lanes[1 - self.rank].shares_memory
+        self.all_reduce_scattered = self._sum_scattered if shares_pair else None
         self._forget.append(world.on_failure(self._loop.fail))
         self.telemetry.add_source(self._count_bytes)
 
@@ -151,14 +152,13 @@ class TcpCommunicator:
         checks.check_all_reduce(tensor, op, codec)
         host = self._staging.to_host(tensor.detach())
         flat = host.view(-1)
+        if self.all_reduce_scattered is not None and codec is None:
+            return self._swap([flat], op, restore=[(host, tensor)])
         small = flat.nbytes <= self._plan.one_round_bytes and codec is None
-        swaps = self._shares_pair and codec is None
-        span = flat.numel() if small or swaps else self._chunk_elements(flat) * self.world_size
+        span = flat.numel() if small else self._chunk_elements(flat) * self.world_size
 
         def begin(wire: _PieceWire, piece: int) -> Steps:
             part = flat[piece * span : (piece + 1) * span]
-            if swaps:
-                return wire.swap_all_reduce(part, op)
             if small:
                 return mesh.one_round_all_reduce(wire, part, op)
             chunks = list(part.tensor_split(self.world_size))
@@ -339,6 +339,19 @@ class TcpCommunicator:
 
     # ---- helpers
 
+    def _sum_scattered(self, tensors: Sequence[Tensor]) -> PendingWork:
+        checks.check_scattered(tensors)
+        return self._swap([tensor.detach().view(-1) for tensor in tensors], ReduceOp.SUM)
+
+    def _swap(
+        self, tensors: Sequence[Tensor], op: ReduceOp, restore: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> PendingWork:
+        """An all-reduce of two ranks that share memory, of flat tensors."""
+        return self._collective(
+            frame.OP_ALL_REDUCE, tensors[0], sum(tensor.numel() for tensor in tensors),
+            lambda wire, piece: wire.swap_all_reduce(tensors, op), pieces=1, reduce=op, restore=restore,
+        )  # fmt: skip
+
     def _be_forgotten(self) -> None:
         while self._forget:
             self._forget.pop()()
@@ -421,7 +434,7 @@ class TcpCommunicator:
                         pass
                 work.finish(results=on_success())
             else:
-                is_small = like.nbytes <= SMALL_BYTES
+                is_small = max(like.nbytes, count * like.element_size()) <= SMALL_BYTES
                 self._loop.submit(work, lambda: self._loop.enqueue_call(call), is_small=is_small)
         return work
 
@@ -456,12 +469,13 @@ class _PieceWire:
         self._received[src] = hop + 1
         return Arrival(src, into, hop, op)
 
-    def swap_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Steps:
+    def swap_all_reduce(self, tensors: Sequence[Tensor], op: ReduceOp) -> Steps:
         """Two ranks that share memory: see shm.py."""
         peer, p = 1 - self.rank, self._prelude
-        prelude = Prelude(*p[:6], self._piece, 0, p.sequence, p.count, tensor.nbytes)
-        self._comm._collective_lanes[peer].begin_swap(prelude, tensor, op)
-        yield [Arrival(peer, tensor, 0, op)]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        prelude = Prelude(*p[:6], self._piece, 0, p.sequence, p.count, nbytes)
+        self._comm._collective_lanes[peer].begin_swap(prelude, tensors, op)
+        yield [Arrival(peer, None, 0, op, nbytes)]
 
 
 def _queued_bytes(*lanes: Lane) -> int:

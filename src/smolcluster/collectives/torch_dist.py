@@ -159,6 +159,7 @@ class TorchCommunicator:
         self.world_size = world_size
         self.generation = 0
         self.telemetry = telemetry or Telemetry()
+        self.all_reduce_scattered = None
         self._name = name
         self._store = store
         self._backend = backend

@@ -24,13 +24,16 @@ from smolcluster.collectives.base import ReduceOp
 class Arrival:
     """A payload that is expected from one rank: received straight into `into` (flat, contiguous, CPU), or added."""
 
-    __slots__ = ("hop", "into", "op", "src")
+    __slots__ = ("hop", "into", "nbytes", "op", "src")
 
-    def __init__(self, src: int, into: Tensor | None, hop: int, op: ReduceOp | None = None) -> None:
+    def __init__(
+        self, src: int, into: Tensor | None, hop: int, op: ReduceOp | None = None, nbytes: int | None = None
+    ) -> None:
         self.src = src
-        self.into = into  # None: allocated from the frame's own shape
+        self.into = into  # None: allocated from the frame's own shape, or a swap's
         self.hop = hop
         self.op = op  # combine what arrives with `into`, instead of overwriting it
+        self.nbytes = into.nbytes if into is not None else nbytes  # None: what comes
 
 
 Steps = Generator[Sequence[Arrival], None, None]
