@@ -16,7 +16,11 @@ from smolcluster.transport.base import Channel, Hello
 from smolcluster.transport.inproc import FaultPlan, FaultyChannel, Hook
 
 WORLD_SIZE = 3
-PLANS = {"one round": Plan(), "ring": Plan(one_round_bytes=0, chunk_bytes=256, window=3)}
+PLANS = {
+    "one round": Plan(),
+    "star": Plan(star_bytes=1 << 20),
+    "ring": Plan(one_round_bytes=0, chunk_bytes=256, window=3),
+}
 
 
 def latencies(seed: int) -> Hook:

@@ -52,7 +52,7 @@ def test_all_ranks_agree_on_what_rank_0_measures() -> None:
 
 
 def test_the_plan_of_a_checkpoint_wins_over_what_is_measured() -> None:
-    kept = Plan(3 << 10, 5 << 10, 7)
+    kept = Plan(3 << 10, 5 << 10, 7, 2 << 10)
 
     def tune(comm: TcpCommunicator) -> Plan:
         comm.tune(kept if comm.rank == 0 else None)
@@ -62,7 +62,15 @@ def test_the_plan_of_a_checkpoint_wins_over_what_is_measured() -> None:
     assert Plan.from_json(kept.to_json()) == kept
 
 
-@pytest.mark.parametrize("values", [{}, {"one_round_bytes": 1, "chunk_bytes": 0, "window": 4}, {"chunk_bytes": "a"}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"one_round_bytes": 1, "chunk_bytes": 0, "window": 4, "star_bytes": 0},
+        {"one_round_bytes": 1, "chunk_bytes": 1, "window": 4, "star_bytes": -1},
+        {"chunk_bytes": "a"},
+    ],
+)
 def test_a_damaged_plan_is_refused(values: dict[str, int]) -> None:
     with pytest.raises(CheckpointError, match="plan of the collectives is damaged"):
         Plan.from_json(dict(values))

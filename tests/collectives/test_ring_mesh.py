@@ -111,6 +111,7 @@ def chunks_of(tensor: Tensor, world_size: int) -> list[Tensor]:
 ALGORITHMS: dict[str, Callable[[FakeWire, Tensor, ReduceOp], Steps]] = {
     "ring": lambda wire, t, op: ring.ring_all_reduce(wire, chunks_of(t, wire.world_size), op),
     "one round": mesh.one_round_all_reduce,
+    "star": mesh.star_all_reduce,
     "mesh bf16": lambda wire, t, op: mesh.mesh_all_reduce(wire, chunks_of(t, wire.world_size), op, Bf16Codec()),
     "mesh int8 with feedback": lambda wire, t, op: mesh.feedback_all_reduce(
         wire, chunks_of(t, wire.world_size), chunks_of(t / 99, wire.world_size), op, Int8Codec()
@@ -121,7 +122,7 @@ ALGORITHMS: dict[str, Callable[[FakeWire, Tensor, ReduceOp], Steps]] = {
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("world_size", SIZES)
 @pytest.mark.parametrize("op", list(ReduceOp), ids=lambda op: op.name)
-@pytest.mark.parametrize("algorithm", ["ring", "one round"])
+@pytest.mark.parametrize("algorithm", ["ring", "one round", "star"])
 def test_all_reduce_equals_the_naive_one(algorithm: str, op: ReduceOp, world_size: int, count: int) -> None:
     tensors = inputs(world_size, count, torch.float64)
     expected = naive(tensors, op)
@@ -292,6 +293,13 @@ COSTS: dict[str, tuple[Callable[[FakeWire, Tensor], Steps], int, int]] = {
         lambda w, t: mesh.mesh_all_gather(w, chunks_of(t, N), Bf16Codec()), (N - 1) * CODED // N, 1
     ),
 }  # fmt: skip
+
+
+def test_in_a_star_rank_0_sends_to_all_and_the_others_only_to_it() -> None:
+    tensors = inputs(N, S // 4, torch.float32)
+    run = Run(N, lambda wire: mesh.star_all_reduce(wire, tensors[wire.rank], ReduceOp.SUM))
+    assert [wire.sent_bytes for wire in run.wires] == [(N - 1) * S] + [S] * (N - 1)
+    assert run.rounds == [N - 1] + [1] * (N - 1)
 
 
 @pytest.mark.parametrize("name", COSTS)

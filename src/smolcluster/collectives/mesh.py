@@ -39,6 +39,22 @@ def one_round_all_reduce(wire: Wire, tensor: Tensor, op: ReduceOp) -> Steps:
     finish_average(tensor, op, wire.world_size)
 
 
+def star_all_reduce(wire: Wire, tensor: Tensor, op: ReduceOp) -> Steps:
+    """Rank 0 adds for all, in place: the fewest frames, for ranks that share cores and wait for each other's turn.
+
+    Cost: 2a + 2(N-1) * S * b on rank 0's link, and 2(N-1) frames in all: one round has N(N-1), a ring 2N(N-1).
+    """
+    if wire.rank != 0:
+        wire.send(0, tensor)
+        yield [wire.expect(0, into=tensor)]  # which comes when rank 0 has all of what was sent
+        return
+    for src in _others(wire):
+        yield [wire.expect(src, into=tensor, op=op)]
+    finish_average(tensor, op, wire.world_size)
+    for dst in _others(wire):
+        wire.send(dst, tensor)
+
+
 def mesh_all_reduce(wire: Wire, chunks: list[Tensor], op: ReduceOp, codec: Codec) -> Steps:
     """Reduce over all ranks, in place, with `codec` on the wire: two hops, each number is encoded twice in all.
 

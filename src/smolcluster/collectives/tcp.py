@@ -154,12 +154,15 @@ class TcpCommunicator:
         flat = host.view(-1)
         if self.all_reduce_scattered is not None and codec is None:
             return self._swap([flat], op, restore=[(host, tensor)])
-        small = flat.nbytes <= self._plan.one_round_bytes and codec is None
-        span = flat.numel() if small else self._chunk_elements(flat) * self.world_size
+        is_star = flat.nbytes <= self._plan.star_bytes and codec is None
+        is_one_round = flat.nbytes <= self._plan.one_round_bytes and codec is None
+        span = flat.numel() if is_star or is_one_round else self._chunk_elements(flat) * self.world_size
 
         def begin(wire: _PieceWire, piece: int) -> Steps:
             part = flat[piece * span : (piece + 1) * span]
-            if small:
+            if is_star:
+                return mesh.star_all_reduce(wire, part, op)
+            if is_one_round:
                 return mesh.one_round_all_reduce(wire, part, op)
             chunks = list(part.tensor_split(self.world_size))
             if codec is None:
