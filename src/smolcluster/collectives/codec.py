@@ -144,8 +144,9 @@ class Int8Codec:
         _check(tensor, out, self.encoded_nbytes(tensor.numel()))
         lost_spans = _spans(residual, out)
         for (values, scale_bytes, numbers), (lost, _, _) in zip(_spans(tensor.detach(), out), lost_spans, strict=True):
-            wanted = torch.add(_widened(values), lost, out=self._scratch(values, "wanted"))
-            decoded, scales = self._quantize(wanted, scale_bytes, numbers)
+            is_wide = values.dtype == _wide_dtype(values)  # then the sum can stand where the rest will: less memory
+            wanted = lost if is_wide else self._scratch(values, "wanted").copy_(lost)
+            decoded, scales = self._quantize(wanted.add_(values), scale_bytes, numbers)
             # Exactly what receivers decode, in two roundings: one fused operation would leave another rest.
             torch.sub(wanted, decoded.mul_(scales), out=lost)
             if not math.isfinite(float(scales.sum())):
