@@ -206,8 +206,10 @@ class Run:
         found += [f"process {process.pid}" for process in alive]
         # Whatever the kernel still has to say of a closed connection (TIME_WAIT) belongs to nobody.
         open_states = (psutil.CONN_LISTEN, psutil.CONN_ESTABLISHED, psutil.CONN_SYN_SENT, psutil.CONN_CLOSE_WAIT)
+        ours = {None, *(process.pid for process in alive)}  # another program may have got the same port since
         for connection in psutil.net_connections("tcp"):
-            if connection.status in open_states and tuple(connection.laddr) in self.addresses:
+            is_ours = connection.pid in ours and tuple(connection.laddr) in self.addresses
+            if is_ours and connection.status in open_states:
                 found.append(f"socket {connection.laddr} {connection.status} of {connection.pid}")
         if self.hosts is not None:
             for host in range(RANKS):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -451,3 +452,58 @@ def test_ranks_that_share_memory_reduce_the_same_where_autograd_left_it(half: li
             for grad, wanted in zip(grads, wanted_grads, strict=True):
                 assert (grad is None) == (wanted is None)
                 assert grad is None or (wanted is not None and same_bits([grad, wanted]))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ranks of one host speak TCP on Windows")
+def test_two_parameters_that_autograd_gave_one_gradient_are_each_added_once() -> None:
+    def step(comm: Any) -> list[Tensor | None]:
+        params = params_of(LARGE, LARGE, LARGE)
+        buckets = GradientBuckets(params, comm)
+        buckets.begin(0, count=1, samples=1)
+        buckets.arm(torch.tensor(1.5))
+        first, second, third = params
+        values = torch.full((1, LARGE), comm.rank + 1.0)
+        (((first.view(1, -1) + second.view(1, -1)) * values).sum() + (third * values).sum()).backward()
+        assert first.grad is not None
+        assert second.grad is not None
+        assert first.grad.data_ptr() == second.grad.data_ptr()
+        gradients = buckets.flush()
+        gradients.wait()
+        return gradients.grads
+
+    for grads in run_group(tcp_group(2, shared_memory=True), step):
+        assert [None if grad is None else grad.unique().tolist() for grad in grads] == [[3.0]] * 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ranks of one host speak TCP on Windows")
+def test_a_gradient_that_is_reduced_where_it_lies_is_gone_once_it_is_applied() -> None:
+    def step(comm: Any) -> bool:
+        params = params_of(LARGE)
+        buckets = GradientBuckets(params, comm)
+        buckets.begin(0, count=1, samples=1)
+        buckets.arm(torch.tensor(1.5))
+        backward(params, [1.0])
+        gradients = buckets.flush()
+        gradients.wait()
+        gradients.install()
+        del gradients
+        assert params[0].grad is not None
+        kept = weakref.ref(params[0].grad)
+        comm.barrier()  # the loop has nothing to do with the reduction any more
+        params[0].grad = None
+        return kept() is None
+
+    assert run_group(tcp_group(2, shared_memory=True), step) == [True, True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ranks of one host speak TCP on Windows")
+def test_ranks_that_share_memory_but_not_the_kind_of_device_lay_their_buckets_out_alike() -> None:
+    def calls(comm: Any) -> list[tuple[torch.dtype, int]]:
+        device = ["cpu", "meta"][comm.rank]
+        params = [nn.Parameter(torch.zeros(FIRST_BUCKET_BYTES // 4, device=device)) for _ in range(3)]
+        buckets = GradientBuckets(params, comm)
+        return [(tensor.dtype, tensor.numel()) for tensor in getattr(buckets._sets[0], "buckets", [])]
+
+    on_cpu, elsewhere = run_group(tcp_group(2, shared_memory=True), calls)
+    assert on_cpu == elsewhere
+    assert len(on_cpu) == 3

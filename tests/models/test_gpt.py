@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolcluster.errors import CheckpointError, ConfigError
-from smolcluster.models.gpt import GPT, GPTConfig
+from smolcluster.models.gpt import FP32_ATTENTION_TOKENS, GPT, Attention, GPTConfig, _attend
 
 CONFIG = GPTConfig(vocab_size=13, model_dim=12, num_layers=2, num_heads=3, ff_dim=20, dropout=0.0, max_seq_len=8)
 
@@ -86,6 +86,20 @@ def test_transformers_gpt2_gives_the_same_logits_from_the_exported_weights() -> 
     back = GPT(CONFIG, seed=5).double()
     back.load_exported(gpt2.state_dict())
     assert torch.equal(back(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("tokens", [1, FP32_ATTENTION_TOKENS, FP32_ATTENTION_TOKENS + 1])
+def test_short_attention_in_bf16_is_that_of_fp32_rounded_once(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    attention = Attention(replace(CONFIG, max_seq_len=tokens))
+    x = torch.randn(2, tokens, CONFIG.model_dim, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q, k, v = (part.transpose(1, 2) for part in attention.qkv(x).unflatten(-1, (3, 3, -1)).unbind(-3))
+        out = _attend(q, k, v, 0.0)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True).bfloat16()
+    assert out.dtype == torch.bfloat16
+    is_exact = tokens <= FP32_ATTENTION_TOKENS
+    torch.testing.assert_close(out, exact, rtol=0 if is_exact else 2**-6, atol=0 if is_exact else 2**-7)
 
 
 def test_a_later_token_changes_no_earlier_logits() -> None:

@@ -639,20 +639,39 @@ def test_an_older_tls_is_refused() -> None:
 # --- secrets
 
 
-def test_the_key_lies_on_disk_for_a_moment_only_encrypted_and_for_this_user_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def keys_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[Path]]]:
+    """From now on: (text, mode of its folder, what lies in `folder` meanwhile) of each file that OpenSSL loads."""
     load, seen = ssl.SSLContext.load_cert_chain, []
 
-    def looked_at(self: ssl.SSLContext, certfile: Path, **arguments: object) -> None:
-        seen.append((certfile.read_text(), stat.S_IMODE(certfile.parent.stat().st_mode)))
+    def looked_at(self: ssl.SSLContext, certfile: str, **arguments: object) -> None:
+        mode = stat.S_IMODE(Path(certfile).parent.stat().st_mode)
+        seen.append((Path(certfile).read_text(), mode, [*folder.iterdir()]))
         load(self, certfile, **arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", looked_at)
+    return seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no files without a name")
+def test_the_key_never_lies_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = keys_loaded(tmp_path, monkeypatch)
     with listening():
-        assert [*tmp_path.iterdir()] == []
-    ((text, mode),) = seen
+        pass
+    ((text, _, files),) = seen
+    assert "BEGIN ENCRYPTED PRIVATE KEY" in text
+    assert files == []  # a kill -9 at this moment would leave them
+
+
+def test_where_the_key_must_lie_on_disk_it_does_for_a_moment_only_encrypted_and_for_this_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = keys_loaded(tmp_path, monkeypatch)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(sys, "platform", "darwin" if os.name == "posix" else "win32")
+        Identity()
+    assert [*tmp_path.iterdir()] == []
+    ((text, mode, _),) = seen
     assert "BEGIN ENCRYPTED PRIVATE KEY" in text
     assert "BEGIN PRIVATE KEY" not in text
     if os.name == "posix":

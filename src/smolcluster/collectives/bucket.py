@@ -99,7 +99,7 @@ class GradientBuckets:
         codec: Codec | None = None,
         sets: int = 1,
     ) -> None:
-        """Lay out the buckets and register the hooks.
+        """Lay out the buckets and register the hooks. Every rank does; they agree on how gradients are reduced.
 
         Args:
             params: the parameters to train, in the same order on every rank, all on one device.
@@ -110,9 +110,11 @@ class GradientBuckets:
         """
         self._params = list(params)
         self._comm = comm
-        # Only what lies in the CPU's memory can be read by another process.
-        is_on_cpu = all(param.device.type == "cpu" for param in self._params)
-        is_scattered = comm.all_reduce_scattered is not None and codec is None and is_on_cpu
+        is_scattered = comm.all_reduce_scattered is not None and codec is None
+        if is_scattered:
+            # Only what lies in the CPU's memory can be read by another process, and ranks may differ in their devices.
+            is_on_cpu = all(param.device.type == "cpu" for param in self._params)
+            is_scattered = all(comm.exchange(is_on_cpu))
         self._layout = by_dtype(self._params) if is_scattered else plan_buckets(self._params, bucket_bytes)
         self._codecs: list[Codec | ErrorFeedback | None] = [codec] * len(self._layout)
         self._bucket_of = {index: i for i, bucket in enumerate(self._layout) for index in bucket}
@@ -199,7 +201,7 @@ class GradientBuckets:
             if self._overflowed is not None:
                 self._set.tail[4] += self._overflowed.cpu()
             self._pending.append(_Pending(self._comm.all_reduce(self._set.tail), self._set.tail.nbytes))
-        reduced: list[Tensor | None] = [*self._set.grads]
+        reduced: list[Tensor | None] = [*self._set.hand_over()]
         tail = self._set.tail
         return StepGradients(own, self._params, reduced, self._comm, None, tail, self._pending, self._timeline)
 
@@ -403,6 +405,10 @@ class _FlatSet:
         else:
             self.grads[index].copy_(grad)
 
+    def hand_over(self) -> list[Tensor]:
+        """The step's gradients, of which all are sent."""
+        return self.grads
+
 
 class _ScatteredSet:
     """The gradients of one step in flight where autograd left them, but for small ones, which are copied together."""
@@ -412,6 +418,7 @@ class _ScatteredSet:
         self._params = params
         tail_length = _TAIL_FIELDS + len(params)
         self._large = [[index for index in bucket if _is_large(params[index])] for bucket in layout]
+        self._storages: set[int] = set()  # where large gradients of this step lie
         small = [[index for index in bucket if not _is_large(params[index])] for bucket in layout]
         self._together: list[Tensor] = []
         self.grads: list[Tensor] = [*params]  # replaced in every step
@@ -428,10 +435,25 @@ class _ScatteredSet:
         """Take over a parameter's gradient; None: zeros."""
         if grad is None:
             grad = torch.zeros_like(self._params[index])
-        if _is_large(grad):
-            self.grads[index] = grad.contiguous()
-        else:
+        if not _is_large(grad):
             self.grads[index].copy_(grad)
+            return
+        grad = grad.contiguous()
+        storage = grad.untyped_storage().data_ptr()
+        if storage in self._storages:
+            # Two parameters of which views were added: autograd gave both the same memory, which would be added twice.
+            grad = grad.clone()
+        self._storages.add(storage)
+        self.grads[index] = grad
+
+    def hand_over(self) -> list[Tensor]:
+        """The step's gradients, of which all are sent; keeps no large one longer than the step does."""
+        grads = [*self.grads]
+        for indices in self._large:
+            for index in indices:
+                self.grads[index] = self._params[index]
+        self._storages.clear()
+        return grads
 
     def bucket(self, number: int) -> list[Tensor]:
         """What bucket `number` consists of."""

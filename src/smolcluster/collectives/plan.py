@@ -73,12 +73,9 @@ class Plan:
             CheckpointError: it was something else.
         """
         match values:
-            case {
-                "one_round_bytes": int(one_round),
-                "chunk_bytes": int(chunk),
-                "window": int(window),
-                "star_bytes": int(star),
-            } if min(one_round, chunk, window) > 0 and star >= 0:
+            case {"one_round_bytes": int(one_round), "chunk_bytes": int(chunk), "window": int(window)} if (
+                min(one_round, chunk, window) > 0 and isinstance(star := values.get("star_bytes", 0), int) and star >= 0
+            ):
                 return Plan(one_round, chunk, window, star)
         raise CheckpointError(f"the checkpoint's plan of the collectives is damaged: {values}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import threading
 import time
@@ -17,9 +18,12 @@ logger = logging.getLogger(__name__)
 MAX_UNAUTHENTICATED = 64  # at once, each with a thread (CONTRACT section 3)
 # Seconds for a thread whose connection was just shut down to notice. It does at once, unless the machine is overloaded.
 EVICTION_TIMEOUT = 1.0
-# A port scan is a handful of lines. Whoever knocks all day long may not fill the disk: 21 lines a minute, 4 MB a day.
+# A port scan is a handful of lines. Whoever knocks all day long may not fill the disk: 41 lines a minute, 10 MB a day.
 LINES_PER_WINDOW = 20
 LINES_WINDOW = 60.0  # seconds
+# Reasons that get a line when the others are used up: a flood must not hide that a machine has the wrong token.
+KINDS_PER_WINDOW = 20
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(slots=True)
@@ -103,7 +107,10 @@ class Strangers:
 
 
 class RefusalLog:
-    """One line for each refused connection; of a flood the first of each minute, then how many more. Thread-safe."""
+    """One line for each refused connection; of a flood the first of each minute, then how many more. Thread-safe.
+
+    The first of a kind always has its line: reasons are of one kind if they differ in numbers only.
+    """
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -111,13 +118,18 @@ class RefusalLog:
         self._began = time.monotonic()
         self._lines = 0
         self._hidden = 0
+        self._kinds: set[str] = set()
 
     def refused(self, peer: str, reason: object) -> None:
         """Note that the connection of `peer` was refused."""
         self.look()
+        kind = _NUMBER.sub("", str(reason).replace(peer, ""))
         with self._lock:
             self._lines += 1
-            is_shown = self._lines <= LINES_PER_WINDOW
+            is_first = kind not in self._kinds and len(self._kinds) < KINDS_PER_WINDOW
+            if is_first:
+                self._kinds.add(kind)
+            is_shown = is_first or self._lines <= LINES_PER_WINDOW
             self._hidden += not is_shown
         if is_shown:
             logger.warning("connection refused peer=%s reason=%s", peer, reason)
@@ -129,6 +141,7 @@ class RefusalLog:
             if not at_end and now - self._began < LINES_WINDOW:
                 return
             hidden, self._hidden, self._lines, self._began = self._hidden, 0, 0, now
+            self._kinds.clear()
         if hidden:
             logger.warning("connections refused, and %d more address=%s", hidden, self._address)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import secrets
 import socket
 import ssl
+import sys
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -66,11 +68,23 @@ class Identity:
         self.fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.decode())).digest()
         self.context = _context(ssl.PROTOCOL_TLS_SERVER)
         self.context.num_tickets = 0  # nothing is resumed, and nothing is sent that the other side does not wait for
-        # OpenSSL takes them from a file only. Nobody else may look into the folder, and nobody keeps the password.
+        with _as_file(certificate + key) as file:  # OpenSSL takes them from a file only; nobody keeps the password
+            self.context.load_cert_chain(file, password=password)
+
+
+@contextlib.contextmanager
+def _as_file(data: bytes) -> Iterator[str]:
+    """The path of a file with `data` that nobody else may read, for as long as it takes."""
+    if sys.platform == "linux":
+        with os.fdopen(os.memfd_create("smolcluster"), "wb") as memory:  # nothing is left after kill -9
+            memory.write(data)
+            memory.flush()
+            yield f"/proc/self/fd/{memory.fileno()}"
+    else:
         with tempfile.TemporaryDirectory(prefix="smolcluster-") as folder:
             file = Path(folder, "identity.pem")
-            file.write_bytes(certificate + key)
-            self.context.load_cert_chain(file, password=password)
+            file.write_bytes(data)
+            yield str(file)
 
 
 class TlsSocket(socket.socket):
