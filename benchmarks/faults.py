@@ -490,6 +490,8 @@ def judge(trial: Trial, run: Run, struck: tuple[float, int]) -> None:
         slice_began = time.monotonic()
     trial.phase = phase(run, trial, when)
     trial.said = [last_line(process.said()) for process in run.processes]
+    if trial.phase == "joining" and trial.victim != 0 and all(process.ended is not None for process in survivors):
+        trial.phase = "connecting"  # what the victim had sent before it was struck made it a member after that
     if trial.phase == "joining" and not run.is_local:
         judge_waiting(trial, run, survivors)
         return
