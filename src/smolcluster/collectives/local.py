@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class LocalCommunicator:
         self.generation = generation
         self.telemetry = telemetry
         self.all_reduce_scattered = None
-        self._children: list[LocalCommunicator] = []
+        self._children: weakref.WeakSet[LocalCommunicator] = weakref.WeakSet()
 
     def all_reduce(
         self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM, codec: Codec | ErrorFeedback | None = None
@@ -186,7 +187,7 @@ class LocalCommunicator:
             return None
         assert call.table is not None
         child = LocalCommunicator(call.table, members.index(self.rank), self.generation, self.telemetry)
-        self._children.append(child)
+        self._children.add(child)
         return child
 
     def abort(self, error: SmolError) -> None:
@@ -195,7 +196,7 @@ class LocalCommunicator:
 
     def close(self) -> None:
         """Leave the group. Whoever still waits for a call of this rank gets PeerLost. May be called again."""
-        for child in self._children:
+        for child in [*self._children]:
             child.close()
         self._table.leave(self.rank)
 

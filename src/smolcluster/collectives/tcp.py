@@ -320,6 +320,7 @@ class TcpCommunicator:
             telemetry=self.telemetry,
         )  # fmt: skip
         self._children.append(child)
+        child._forget.append(partial(self._children.remove, child))
         return child
 
     def abort(self, error: SmolError) -> None:
@@ -331,7 +332,7 @@ class TcpCommunicator:
         if self._is_closed:
             return
         self._is_closed = True
-        for child in self._children:
+        for child in [*self._children]:
             child.close()
         self._loop.close()
         self._be_forgotten()
