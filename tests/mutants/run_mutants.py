@@ -48,11 +48,10 @@ MUTANTS = (
     Mutant(
         "one bucket skipped",
         "collectives/bucket.py",
-        "            self._issue(flat, codec)\n",
-        "            if len(self._pending) == 1:\n"
-        "                self._issue(flat.clone(), codec)  # the sum goes nowhere\n"
-        "                continue\n"
-        "            self._issue(flat, codec)\n",
+        "        flat = self._set.buckets[bucket]\n",
+        "        flat = self._set.buckets[bucket]\n"
+        "        if len(self._pending) == 1:\n"
+        "            flat = flat.clone()  # the sum goes nowhere\n",
     ),
     Mutant(
         "clip before reduce",
