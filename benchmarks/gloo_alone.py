@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-BLOCK_SECONDS = 0.03
+BLOCK_SECONDS = 0.1
 RUNS = 9
 
 
@@ -44,7 +44,7 @@ def measure(rank: int, world: int, meeting: str, sizes: list[int], congestion: s
             slowest = torch.tensor([(time.perf_counter() - start) / calls], dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             if run == 1:  # warm by now
-                calls = max(3, min(100, int(BLOCK_SECONDS / float(slowest))))
+                calls = max(3, min(1000, int(BLOCK_SECONDS / float(slowest))))
             elif run > 1:
                 times.append(float(slowest) * 1e3)
         rows.append({"bytes": nbytes, "gloo_ms": statistics.median(times), "least": min(times), "most": max(times)})

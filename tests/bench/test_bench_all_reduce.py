@@ -48,7 +48,7 @@ def test_wrong_options_are_refused_with_what_there_is(
 def test_a_wrong_sum_ends_the_measurement(wrong: object) -> None:
     block = _Block(torch.zeros(1000), 0, 3, is_lossy=False, sync=lambda: None)
     with pytest.raises(ClusterError, match="wrong sum after 4 calls"):
-        block.seconds(wrong, 4)  # type: ignore[arg-type] # one of three callables
+        block.seconds(wrong, [4])  # type: ignore[arg-type] # one of three callables
 
 
 def test_a_right_sum_passes_after_many_calls() -> None:
@@ -59,7 +59,16 @@ def test_a_right_sum_passes_after_many_calls() -> None:
         tensor.mul_(6 if is_first[0] else 3)
         is_first[0] = False
 
-    assert block.seconds(sum_of_three, 50) > 0
+    assert block.seconds(sum_of_three, [50]) > 0
+
+
+def test_a_block_is_filled_again_before_its_values_grow_too_large() -> None:
+    block = _Block(torch.zeros(1000), 0, 4, is_lossy=False, sync=lambda: None)
+    short, long = block.fitting_calls(1e-4), block.fitting_calls(1e-2)
+    assert len(short) > 1
+    assert max(short) <= 50  # of four ranks a call takes two bits of the exponent
+    assert sum(long) == 10
+    assert block.fitting_calls(1.0) == [1]
 
 
 @pytest.mark.slow

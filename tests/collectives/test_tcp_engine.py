@@ -24,6 +24,7 @@ from torch import Tensor
 from cluster.worlds import Meeting, die, silence
 from collectives.contract import raw_bytes, run_group, same_bits
 from smolcluster.collectives import progress
+from smolcluster.collectives import tcp as tcp_communicator
 from smolcluster.collectives.base import ReduceOp
 from smolcluster.collectives.codec import Bf16Codec, Fp16Codec
 from smolcluster.collectives.groups import inproc_group, tcp_group
@@ -372,6 +373,32 @@ def test_a_frame_that_nobody_expects_yet_costs_no_processor_time(monkeypatch: py
             late = comms[1].all_reduce(torch.ones(10))
             early.wait(WAIT)
             late.wait(WAIT)
+
+
+def test_who_has_waited_for_long_sleeps_at_once_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp_communicator, "SPIN_SECONDS", 0.005)
+    turns = [0]
+    turn = progress.ProgressLoop._turn
+
+    def counted(self: progress.ProgressLoop, *args: Any, **kwargs: Any) -> bool:
+        turns[0] += self._thread.name.endswith("rank 0")
+        return turn(self, *args, **kwargs)
+
+    def fn(comm: TcpCommunicator) -> tuple[int, bool]:
+        for _ in range(10):
+            time.sleep(0.03 if comm.rank == 1 else 0.0)
+            comm.all_reduce(torch.ones(10)).wait(WAIT)
+        seldom, learned = turns[0], False
+        for _ in range(100):  # and now what is waited for comes at once
+            comm.all_reduce(torch.ones(10)).wait(WAIT)
+            learned = learned or comm._loop._comes_soon
+        return seldom, learned
+
+    with group(tcp_group, 2) as comms:
+        monkeypatch.setattr(progress.ProgressLoop, "_turn", counted)
+        seldom, learned = OnThreads(comms, fn).outcomes()[0]
+    assert seldom < 3000, seldom  # who looks for 5 ms each time takes 8000
+    assert learned
 
 
 def test_many_threads_may_use_one_communicator() -> None:

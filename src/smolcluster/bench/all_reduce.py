@@ -3,8 +3,9 @@
 Each rank is a process that holds both: our communicator over real TCP with token and frames, and a gloo process group.
 A block is some calls of one of them in a row; its time is that of the slowest rank. The blocks alternate.
 
-Before each block the tensor is filled anew: rank r holds (r+1) times a pattern of small integers. After the block every
-element must be N^(calls-1) times their sum, within the rounding of so many additions (or of the compression).
+A block is one or more rows. Before each the tensor is filled anew: rank r holds (r+1) times a pattern of small
+integers. After the row every element must be N^(calls-1) times their sum, within the rounding of so many additions (or
+of the compression).
 
     python -m smolcluster.bench.all_reduce     one rank; see ranks.py
 """
@@ -29,10 +30,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUNS = 9
-# A block takes about so long: short enough that both competitors see the same weather, long enough for the clock.
-BLOCK_SECONDS = 0.03
+# A block takes about so long: short enough that both competitors see the same weather, long enough that the moods of
+# the scheduler, of some 10 ms each, even out.
+BLOCK_SECONDS = 0.1
 # A call that takes so long is a block by itself.
 SLOW_SECONDS = 0.2
+# Fillings of a block, each of which is checked.
+MAX_ROWS = 10
 # The values grow by world_size with every call: of float32, 2^-126 to 2^127, so much may be used.
 MAX_GROWTH_BITS = 100
 PATTERN = 61  # a prime, so that no chunk or block begins like another
@@ -168,8 +172,8 @@ def main() -> None:
         competitors = {"tcp": ours, "gloo": gloo} if against else {"tcp": ours}
         calls = {}
         for name, call in competitors.items():  # warm up, and see how many calls make a block
-            block.seconds(call, 2)
-            calls[name] = block.fitting_calls(largest(comm, block.seconds(call, 2)))
+            block.seconds(call, [2])
+            calls[name] = block.fitting_calls(largest(comm, block.seconds(call, [2])))
         sent = 0
         for run in range(cast("int", job["runs"])):
             for name in list(competitors)[:: 1 if run % 2 == 0 else -1]:
@@ -178,7 +182,7 @@ def main() -> None:
                 sent += (_sent_bytes(job["interface"]) - before) if name == "tcp" else 0
         row = {**_row(tensor.nbytes, world_size, times), "congestion": congestion, "link": job["link"]}
         if job["interface"] is not None:
-            row["sent_bytes"] = sent / (calls["tcp"] * len(times["tcp"]))
+            row["sent_bytes"] = sent / (sum(calls["tcp"]) * len(times["tcp"]))
         rows.append(row)
     comm.barrier()
     if against:
@@ -209,23 +213,28 @@ class _Block:
         self._sum = ramp * (world_size * (world_size + 1) // 2)
         self._tolerance = (PATTERN * 2.0**-7 if is_lossy else 4 * torch.finfo(tensor.dtype).eps) * world_size
 
-    def fitting_calls(self, seconds: float) -> int:
-        """How many calls make a block, if one takes `seconds`."""
-        limit = max(2, int(MAX_GROWTH_BITS / math.log2(self._world_size))) if self._world_size > 1 else 100
-        return max(3 if seconds < SLOW_SECONDS else 1, min(limit, int(BLOCK_SECONDS / seconds)))
+    def fitting_calls(self, seconds: float) -> list[int]:
+        """How many calls make a block, if one takes `seconds`: so many in a row, and again on a new filling."""
+        limit = max(2, int(MAX_GROWTH_BITS / math.log2(self._world_size)))
+        calls = max(3 if seconds < SLOW_SECONDS else 1, int(BLOCK_SECONDS / seconds))
+        rows = min(MAX_ROWS, -(-calls // limit))
+        return [min(limit, -(-calls // rows))] * rows
 
-    def seconds(self, call: Callable[[Tensor], None], calls: int) -> float:
-        """Time of one call, the mean of `calls` in a row.
+    def seconds(self, call: Callable[[Tensor], None], calls: Sequence[int]) -> float:
+        """Time of one call, the mean of rows of `calls`.
 
         Raises:
             ClusterError: the result is wrong.
         """
+        return sum(self._row_seconds(call, count) for count in calls) / sum(calls)
+
+    def _row_seconds(self, call: Callable[[Tensor], None], calls: int) -> float:
         self._tensor.copy_(self._own)
         self._sync()
         start = time.perf_counter()
         for _ in range(calls):
             call(self._tensor)
-        seconds = (time.perf_counter() - start) / calls
+        seconds = time.perf_counter() - start
         growth = float(self._world_size) ** (calls - 1)
         worst = float((self._tensor / growth - self._sum).abs().max())
         allowed = calls * self._tolerance * PATTERN

@@ -55,11 +55,14 @@ class Plan:
     window: int = 4
     star_bytes: int = 0
 
-    def chunk_elements(self, elements: int, item_bytes: int, world_size: int) -> int:
-        """Elements of a chunk of a tensor: at least two pieces, if they are not too small for that."""
-        half = -(-elements // (2 * world_size))
-        half = -(-half // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
-        return max(1, min(self.chunk_bytes // item_bytes, max(half, MIN_CHUNK_BYTES // item_bytes)))
+    def chunk_elements(self, elements: int, item_bytes: float, world_size: int) -> int:
+        """Elements of a chunk of a tensor: at least two pieces, if they are not too small for that.
+
+        `item_bytes`: of an element on the wire.
+        """
+        half = _aligned(elements / (2 * world_size) + ALIGNED_ELEMENTS - 1)
+        least, most = _aligned(MIN_CHUNK_BYTES / item_bytes), _aligned(self.chunk_bytes / item_bytes)
+        return max(1, min(most, max(half, least)))
 
     def to_json(self) -> JsonObject:
         """For a checkpoint."""
@@ -134,6 +137,11 @@ def measure_link(comm: Communicator) -> Link:
 
 def _numbers(values: Sequence[JsonValue]) -> list[float]:
     return [float(value) for value in values if isinstance(value, int | float)]
+
+
+def _aligned(elements: float) -> int:
+    """The multiple of ALIGNED_ELEMENTS below, if there is one."""
+    return int(elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS or int(elements)
 
 
 def _power_of_two(value: float, least: int, most: int) -> int:

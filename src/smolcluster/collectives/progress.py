@@ -94,6 +94,7 @@ class ProgressLoop:
         self._patience = patience
         self._on_broken = on_broken
         self._spin_seconds = spin_seconds
+        self._comes_soon = True  # what was waited for last: then it pays to look for it without sleeping
         self._lanes: list[Lane] = []
         self._collective_lanes: list[Lane] = []
         self._lane_to: dict[int, Lane] = {}  # the collective lane to each peer
@@ -292,13 +293,14 @@ class ProgressLoop:
                 if deadline is not None and now >= deadline:
                     return
                 if finished is not None and spin_until is None:
-                    spin_until = now + self._spin_seconds
+                    spin_until = now + (self._spin_seconds if self._comes_soon else 0.0)
                 turns = POLL_TURNS - 1
                 if spin_until is None or now >= spin_until:
                     if finished is not None and finished.is_set():
                         return  # the bytes came together with the end of their connection: that counts as nothing moved
                     self._check_order()
-                    self._sleep(self._sleep_seconds(deadline))
+                    if self._sleep(self._sleep_seconds(deadline)):
+                        self._comes_soon = time.monotonic() - now < self._spin_seconds
             except SmolError as error:
                 self.fail(error)
                 return

@@ -23,8 +23,8 @@ from smolcluster.transport.shm import SharedMemoryChannel
 BLOCK_BYTES = 512 << 10
 # Blocks that go both ways before the loop looks after other lanes.
 BLOCKS_PER_TURN = 16
-# Looks for the peer's next block, of 1 to 2 us, before something else is done: it comes in step with ours.
-SPINS = 30
+# Looks for the peer's next block, of 0.1 us, before something else is done: it comes in step with ours.
+LOOKS = 400
 
 
 class Swap:
@@ -52,6 +52,9 @@ class Swap:
         # None has parts of two tensors: parts that begin at odd places take longer to copy.
         block = BLOCK_BYTES // self._dtype.itemsize
         self._blocks = [part for tensor in tensors for part in torch.split(tensor, block) if part.numel()]
+        outgoing, incoming = channel.rings()
+        self._out = _Places(outgoing, self._dtype)
+        self._in = _Places(incoming, self._dtype)
         self._sent = 0  # blocks
         self._received = 0
         self._op = op
@@ -77,10 +80,10 @@ class Swap:
             return False
         block = self._blocks[self._sent]
         nbytes = block.nbytes
-        view = self._channel.try_send_view(nbytes, align=BLOCK_BYTES)
-        if view is None:
+        place = self._channel.try_send_block(nbytes, align=BLOCK_BYTES)
+        if place is None:
             return False
-        torch.frombuffer(view, dtype=self._dtype).copy_(block)
+        self._out.at(place, block.numel()).copy_(block)
         self._channel.commit(nbytes)
         self._sent += 1
         self.sent_bytes += nbytes
@@ -90,19 +93,12 @@ class Swap:
         """Combine the peer's next block with ours, which was sent; True if it came."""
         if self._received == self._sent:
             return False
-        block = self._blocks[self._received]
-        nbytes = block.nbytes
-        for _ in range(SPINS):
-            view = self._channel.try_recv_whole(nbytes, align=BLOCK_BYTES)
-            if view is not None:
-                self._combine(block, torch.frombuffer(view, dtype=self._dtype))
-                self._channel.give_back(nbytes)
-                self._received += 1
-                self.recv_bytes += nbytes
-                return True
-        return False
-
-    def _combine(self, mine: Tensor, theirs: Tensor) -> None:
+        mine = self._blocks[self._received]
+        nbytes = mine.nbytes
+        place = self._channel.try_recv_block(nbytes, align=BLOCK_BYTES, looks=LOOKS)
+        if place is None:
+            return False
+        theirs = self._in.at(place, mine.numel())
         if self._op == ReduceOp.MAX:
             # Of 0 and -0, torch takes the first.
             first, second = (mine, theirs) if self._is_first else (theirs, mine)
@@ -110,3 +106,24 @@ class Swap:
         else:
             mine.add_(theirs)  # a + b and b + a are the same bits; half the time of torch.add with `out`
         finish_average(mine, self._op, 2)
+        self._channel.give_back(nbytes)
+        self._received += 1
+        self.recv_bytes += nbytes
+        return True
+
+
+class _Places:
+    """The blocks of a ring as tensors. Each is made once: with 128 blocks that is a twentieth of the time."""
+
+    def __init__(self, ring: memoryview, dtype: torch.dtype) -> None:
+        self._ring = ring
+        self._dtype = dtype
+        self._tensors: dict[int, Tensor] = {}
+
+    def at(self, place: int, count: int) -> Tensor:
+        """(count,) from byte `place` on, a multiple of BLOCK_BYTES."""
+        tensor = self._tensors.get(place)
+        if tensor is None:
+            whole = self._ring[place : place + BLOCK_BYTES]
+            tensor = self._tensors[place] = torch.frombuffer(whole, dtype=self._dtype)
+        return tensor if tensor.numel() == count else tensor[:count]

@@ -22,7 +22,7 @@ from smolcluster.collectives.codec import ErrorFeedback
 from smolcluster.collectives.lane import CROWDED_QUANTUM_BYTES, QUANTUM_BYTES, Lane, Receiver
 from smolcluster.collectives.lane_spans import LaneSpans
 from smolcluster.collectives.messages import MessageBox
-from smolcluster.collectives.plan import Plan, measure_link, plan_for, plan_for_one_host
+from smolcluster.collectives.plan import ALIGNED_ELEMENTS, Plan, measure_link, plan_for, plan_for_one_host
 from smolcluster.collectives.progress import SPIN_SECONDS, Call, ProgressLoop
 from smolcluster.collectives.staging import DeviceStaging, Staging
 from smolcluster.collectives.wire import Arrival, Steps
@@ -156,7 +156,7 @@ class TcpCommunicator:
             return self._swap([flat], op, restore=[(host, tensor)])
         is_star = flat.nbytes <= self._plan.star_bytes and codec is None
         is_one_round = flat.nbytes <= self._plan.one_round_bytes and codec is None
-        span = flat.numel() if is_star or is_one_round else self._chunk_elements(flat) * self.world_size
+        span = flat.numel() if is_star or is_one_round else self._chunk_elements(flat, codec) * self.world_size
 
         def begin(wire: _PieceWire, piece: int) -> Steps:
             part = flat[piece * span : (piece + 1) * span]
@@ -183,7 +183,7 @@ class TcpCommunicator:
         checks.check_reduce_scatter(output, input, op, codec, self.world_size)
         rows = self._staging.to_host(input.detach()).view(self.world_size, -1)
         out = self._staging.to_host(output.detach())
-        span = self._chunk_elements(rows)
+        span = self._chunk_elements(rows, codec)
 
         def begin(wire: _PieceWire, piece: int) -> Steps:
             chunks = [row[piece * span : (piece + 1) * span] for row in rows]
@@ -202,7 +202,7 @@ class TcpCommunicator:
         host = self._staging.to_host(output.detach())
         rows = host.view(self.world_size, -1)
         rows[self.rank].copy_(self._staging.to_host(input.detach()).view(-1))
-        span = self._chunk_elements(rows)
+        span = self._chunk_elements(rows, codec)
 
         def begin(wire: _PieceWire, piece: int) -> Steps:
             chunks = [row[piece * span : (piece + 1) * span] for row in rows]
@@ -373,8 +373,12 @@ class TcpCommunicator:
     def _broken(self, peer: int, error: SmolError) -> None:
         self._world.suspect(self._members[peer], error, lambda left: self._loop.depart(peer, left))
 
-    def _chunk_elements(self, tensor: Tensor) -> int:
-        return self._plan.chunk_elements(tensor.numel(), tensor.element_size(), self.world_size)
+    def _chunk_elements(self, tensor: Tensor, codec: Codec | ErrorFeedback | None = None) -> int:
+        plain = codec.codec if isinstance(codec, ErrorFeedback) else codec
+        item_bytes: float = tensor.element_size()
+        if plain is not None:  # encoded small, a chunk has more elements: it costs Python as much as a large one
+            item_bytes = plain.encoded_nbytes(ALIGNED_ELEMENTS) / ALIGNED_ELEMENTS
+        return self._plan.chunk_elements(tensor.numel(), item_bytes, self.world_size)
 
     def _exchange(self, operation: int, outgoing: list[Tensor]) -> PendingWork:
         arrivals: list[Arrival] = []
