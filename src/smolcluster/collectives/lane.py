@@ -24,9 +24,9 @@ from smolcluster.transport.tensors import check_payload, raw_bytes
 
 # Bytes that one system call sends or receives before the other direction, and the other lanes, get their turn. What
 # was just received is then still in the processor's cache when it is added, and what was just sent when the other
-# process of this machine receives it: on loopback 64 MiB take 29 ms, with 512 KiB 45 ms. (With 64 or 128 KiB 35 to 41:
-# the kernel's own blocks are 64 KiB, and what is a multiple of them meets the peer's out of step.)
-QUANTUM_BYTES = 112 << 10
+# process of this machine receives it. On loopback 64 MiB take 31 ms, with 432 KiB too; with 112 KiB Python's part shows
+# (34 ms). No multiple of 64 KiB, which are the kernel's own blocks: those meet the peer's out of step.
+QUANTUM_BYTES = 240 << 10
 # Where more ranks than cores share a machine they take turns, the cache is cold anyway, and a turn ought to be long: 4
 # ranks on 2 cores reduce 64 MiB in 85 ms, with 112 KiB in 107.
 CROWDED_QUANTUM_BYTES = 4 << 20
