@@ -43,7 +43,7 @@ def bench(user: list[str], *options: str) -> list[dict[str, Any]]:
 def alone(world: int) -> list[dict[str, Any]]:
     """gloo without our code."""
     script = Path(__file__).parent / "gloo_alone.py"
-    command = [sys.executable, str(script), "--world", str(world), "--sizes", SIZES_BYTES, "--congestion", "cubic"]
+    command = [sys.executable, str(script), "--world", str(world), "--sizes", SIZES_BYTES, "--congestion", "reno"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     print(f"gloo alone, world {world}: {done.stdout.strip()}")
     rows: list[dict[str, Any]] = json.loads(done.stdout)

@@ -57,7 +57,7 @@ def kernel_copies() -> tuple[float, float]:
             sock = socket.create_connection(server.getsockname()) if index == 0 else server.accept()[0]
             with sock:
                 if hasattr(socket, "TCP_CONGESTION"):  # what both sides of all_reduce.py have
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
                 before, done = time.process_time(), 0
                 while done < SENT:
                     place = memory[done % BYTES : done % BYTES + CALL_BYTES]

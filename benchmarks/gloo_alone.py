@@ -1,6 +1,6 @@
 """gloo's all-reduce with nothing of ours in the process: does `smolcluster bench all-reduce` treat gloo fairly?
 
-    python benchmarks/gloo_alone.py --world 2 --sizes 4096,262144,4194304,67108864 [--congestion cubic]
+    python benchmarks/gloo_alone.py --world 2 --sizes 4096,262144,4194304,67108864 [--congestion reno]
 
 Only torch and the standard library. `--congestion` is set on gloo's sockets, which takes Linux.
 """

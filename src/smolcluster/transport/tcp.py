@@ -51,7 +51,7 @@ ENDED_SLICE = 0.25
 OTHER_RUN_TIMEOUT = 5.0
 CONTROL = "control"
 # The first of these that the system lets this user set; loopback only.
-LOOPBACK_CONGESTION = (b"cubic", b"reno")
+LOOPBACK_CONGESTION = (b"reno", b"cubic")
 Argument = TypeVar("Argument")
 # Linux takes at most 1024 buffers in one sendmsg; more than 64 frames at once brings nothing.
 MAX_SEND_BUFFERS = 64
@@ -818,7 +818,8 @@ def _set_options(sock: socket.socket, options: TcpOptions, lane: str) -> None:
     if lane == CONTROL and hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.patience * 1000))
     if hasattr(socket, "TCP_CONGESTION") and sock.getpeername()[0] in ("127.0.0.1", "::1"):
-        # BBR, some kernels' default, halves the speed of loopback. Ordinary users may not set cubic everywhere.
+        # BBR, some kernels' default, halves the speed of loopback. Cubic leaves its slow start early: 4 ranks on 2
+        # cores, who want to send much in each turn, take 120 ms for 64 MiB with it, and 92 with Reno.
         for name in LOOPBACK_CONGESTION:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
