@@ -46,13 +46,24 @@ def test_wrong_options_are_refused_with_what_there_is(
     "wrong", [lambda tensor: None, lambda tensor: tensor.mul_(2), lambda tensor: tensor[7].add_(1)]
 )
 def test_a_wrong_sum_ends_the_measurement(wrong: object) -> None:
-    block = _Block(torch.zeros(1000), 0, 3, is_lossy=False, sync=lambda: None)
+    block = _Block(torch.zeros(1000), 0, 3, sync=lambda: None)
     with pytest.raises(ClusterError, match="wrong sum after 4 calls"):
         block.seconds(wrong, [4])  # type: ignore[arg-type] # one of three callables
 
 
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rounding_hides_no_wrong_sum(codec: str, world_size: int) -> None:
+    for rank in range(world_size):
+        block = _Block(torch.zeros(1000), rank, world_size, codec=codec, sync=lambda: None)
+        for calls in (1, max(block.fitting_calls(1e-5))):
+            for wrong in (lambda tensor: None, lambda tensor: tensor.zero_()):
+                with pytest.raises(ClusterError, match="wrong sum"):
+                    block.seconds(wrong, [calls])
+
+
 def test_a_right_sum_passes_after_many_calls() -> None:
-    block = _Block(torch.zeros(1000), 0, 3, is_lossy=False, sync=lambda: None)
+    block = _Block(torch.zeros(1000), 0, 3, sync=lambda: None)
     is_first = [True]
 
     def sum_of_three(tensor: Tensor) -> None:  # ranks 0, 1 and 2 begin with 1, 2 and 3 times the pattern
@@ -63,12 +74,23 @@ def test_a_right_sum_passes_after_many_calls() -> None:
 
 
 def test_a_block_is_filled_again_before_its_values_grow_too_large() -> None:
-    block = _Block(torch.zeros(1000), 0, 4, is_lossy=False, sync=lambda: None)
+    block = _Block(torch.zeros(1000), 0, 4, sync=lambda: None)
     short, long = block.fitting_calls(1e-4), block.fitting_calls(1e-2)
     assert len(short) > 1
-    assert max(short) <= 50  # of four ranks a call takes two bits of the exponent
+    assert max(short) <= 51  # of four ranks every call but the first takes two bits of the exponent
     assert sum(long) == 10
     assert block.fitting_calls(1.0) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [["--compression", "int8"], ["--compression", "fp16"], ["--compression", "bf16"], ["--dtype", "float16"]],
+    ids=lambda options: options[-1],
+)
+def test_rounding_alone_fails_no_measurement(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "all-reduce", "--world", "2", "--sizes", "4KiB,1MiB", "--runs", "3", "--json", *options]
+    assert cli._run(command, "smolcluster") == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow

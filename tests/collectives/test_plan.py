@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from collectives.contract import run_group
+from smolcluster.collectives.codec import Bf16Codec, Int8Codec
 from smolcluster.collectives.groups import inproc_group
 from smolcluster.collectives.plan import Link, Plan, plan_for
 from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.errors import CheckpointError
+from smolcluster.transport.frame import Prelude
 
 LOOPBACK = Link(100e-6, 2e9)
 GIGABIT = Link(200e-6, 118e6)
@@ -32,7 +37,7 @@ def test_a_far_link_has_more_pieces_under_way() -> None:
     assert plan.window * plan.chunk_bytes >= 2 * 50e-3 * 118e6
 
 
-@pytest.mark.parametrize("elements", [1, 1000, 100_000, 10_000_000])
+@pytest.mark.parametrize("elements", [1, 1000, 81_921, 100_000, 10_000_000])
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_a_tensor_has_two_pieces_unless_they_would_be_tiny(elements: int, world_size: int) -> None:
     plan = Plan()
@@ -40,6 +45,28 @@ def test_a_tensor_has_two_pieces_unless_they_would_be_tiny(elements: int, world_
     assert 1 <= chunk * 4 <= plan.chunk_bytes
     assert chunk * world_size * 2 <= elements + 2 * world_size * 1024 or chunk * 4 == 64 << 10
     assert chunk % 1024 == 0
+    assert -(-elements // (chunk * world_size)) <= max(2, -(-elements * 4 // (plan.chunk_bytes * world_size)))
+
+
+@pytest.mark.parametrize("codec", [Bf16Codec(), Int8Codec()], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_chunk_is_as_large_on_the_wire_whatever_encodes_it(
+    codec: Bf16Codec | Int8Codec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(one_round_bytes=0, chunk_bytes=64 << 10, window=2)
+
+    comms = inproc_group(2, plan=plan)
+    sizes: list[int] = []
+    lane = comms[0]._collective_lanes[1]
+    enqueue = lane.enqueue
+
+    def counted(prelude: Prelude, *args: Any, **more: Any) -> None:
+        sizes.append(prelude.nbytes)
+        enqueue(prelude, *args, **more)
+
+    monkeypatch.setattr(lane, "enqueue", counted)
+    run_group(list(comms), lambda comm: comm.all_reduce(torch.ones(500_000, dtype=dtype), codec=codec).wait())
+    assert 0.9 * plan.chunk_bytes < max(sizes) <= plan.chunk_bytes
 
 
 def test_all_ranks_agree_on_what_rank_0_measures() -> None:

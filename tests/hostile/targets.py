@@ -432,7 +432,7 @@ def _receive_late(comm: TcpCommunicator) -> Any:
 COLLECTIVES: dict[str, Callable[[TcpCommunicator], Any]] = {
     "one round": lambda comm: _wait(comm.all_reduce(torch.arange(10.0))),
     "ring": lambda comm: _wait(comm.all_reduce(torch.arange(400.0), ReduceOp.AVG)),
-    "codec": lambda comm: _wait(comm.all_reduce(torch.arange(200.0), codec=Bf16Codec())),
+    "codec": lambda comm: _wait(comm.all_reduce(torch.arange(400.0), codec=Bf16Codec())),
     "reduce_scatter": lambda comm: _wait(comm.reduce_scatter(torch.zeros(40), torch.arange(80.0))),
     "all_gather": lambda comm: _wait(comm.all_gather(torch.zeros(80).bool(), torch.ones(40).bool())),
     "broadcast": lambda comm: _wait(comm.broadcast(torch.arange(100.0), src=1)),

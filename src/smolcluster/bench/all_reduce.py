@@ -37,8 +37,10 @@ BLOCK_SECONDS = 0.1
 SLOW_SECONDS = 0.2
 # Fillings of a block, each of which is checked.
 MAX_ROWS = 10
-# The values grow by world_size with every call: of float32, 2^-126 to 2^127, so much may be used.
+# On one filling the values may grow by so many bits, which is nearly all of float32's range, and a compression may
+# round them so often: more would hide a mistake.
 MAX_GROWTH_BITS = 100
+MAX_LOSSY_CALLS = 12
 PATTERN = 61  # a prime, so that no chunk or block begins like another
 
 
@@ -146,6 +148,11 @@ def main() -> None:
     comm = meet(job, shared_memory=job["link"] == "shm")
     codec = codec_for(str(job["compression"]))
     feedback: dict[int, ErrorFeedback] = {}  # by the tensor's elements: as for gradients, with all that it costs
+
+    def forget() -> None:  # a new filling has nothing to do with what the one before it has lost
+        for kept in feedback.values():
+            kept.residual.zero_()
+
     against = job["against"] == "gloo"
     if against:
         dist.init_process_group("gloo", init_method=str(job["meeting"]), rank=rank, world_size=world_size)
@@ -167,7 +174,7 @@ def main() -> None:
     rows: list[JsonObject] = []
     for nbytes in cast("list[int]", job["sizes"]):
         tensor = torch.zeros(max(1, nbytes // dtype.itemsize), dtype=dtype)
-        block = _Block(tensor, rank, world_size, is_lossy=codec is not None, sync=comm.barrier)
+        block = _Block(tensor, rank, world_size, codec=str(job["compression"]), refilled=forget, sync=comm.barrier)
         times: dict[str, list[float]] = {"tcp": [], "gloo": []}
         competitors = {"tcp": ours, "gloo": gloo} if against else {"tcp": ours}
         calls = {}
@@ -201,24 +208,41 @@ class _Block:
     """Some calls in a row on one tensor."""
 
     def __init__(
-        self, tensor: Tensor, rank: int, world_size: int, *, is_lossy: bool, sync: Callable[[], object]
+        self,
+        tensor: Tensor,
+        rank: int,
+        world_size: int,
+        *,
+        codec: str = "none",
+        refilled: Callable[[], object] = lambda: None,
+        sync: Callable[[], object],
     ) -> None:
         import torch
 
+        from smolcluster.collectives.codec import FP16_MAX
+
         self._tensor = tensor
         self._world_size = world_size
+        self._refilled = refilled
         self._sync = sync
         ramp = (torch.arange(tensor.numel()) % PATTERN - PATTERN // 2).to(tensor.dtype)
         self._own = ramp * (rank + 1)
         self._sum = ramp * (world_size * (world_size + 1) // 2)
-        self._tolerance = (PATTERN * 2.0**-7 if is_lossy else 4 * torch.finfo(tensor.dtype).eps) * world_size
+        largest = PATTERN // 2 * world_size * (world_size + 1) / 2
+        # Of the largest value, in one call: a compression rounds contributions and sum by 1/254 or less, and what it
+        # lost in the call before comes on top.
+        self._tolerance = largest * (2.0**-6 if codec != "none" else 4 * torch.finfo(tensor.dtype).eps * world_size)
+        end = FP16_MAX if codec == "fp16" else torch.finfo(tensor.dtype).max
+        bits = max(0.0, min(MAX_GROWTH_BITS, math.log2(end / largest)))
+        self._max_calls = 1 + int(bits / math.log2(world_size))
+        if codec != "none":
+            self._max_calls = min(self._max_calls, MAX_LOSSY_CALLS)
 
     def fitting_calls(self, seconds: float) -> list[int]:
         """How many calls make a block, if one takes `seconds`: so many in a row, and again on a new filling."""
-        limit = max(2, int(MAX_GROWTH_BITS / math.log2(self._world_size)))
         calls = max(3 if seconds < SLOW_SECONDS else 1, int(BLOCK_SECONDS / seconds))
-        rows = min(MAX_ROWS, -(-calls // limit))
-        return [min(limit, -(-calls // rows))] * rows
+        rows = min(MAX_ROWS, -(-calls // self._max_calls))
+        return [min(self._max_calls, -(-calls // rows))] * rows
 
     def seconds(self, call: Callable[[Tensor], None], calls: Sequence[int]) -> float:
         """Time of one call, the mean of rows of `calls`.
@@ -230,6 +254,7 @@ class _Block:
 
     def _row_seconds(self, call: Callable[[Tensor], None], calls: int) -> float:
         self._tensor.copy_(self._own)
+        self._refilled()
         self._sync()
         start = time.perf_counter()
         for _ in range(calls):
@@ -237,7 +262,7 @@ class _Block:
         seconds = time.perf_counter() - start
         growth = float(self._world_size) ** (calls - 1)
         worst = float((self._tensor / growth - self._sum).abs().max())
-        allowed = calls * self._tolerance * PATTERN
+        allowed = calls * self._tolerance
         if not worst <= allowed:
             raise ClusterError(f"a wrong sum after {calls} calls: off by {worst:g} where {allowed:g} is rounding")
         return seconds

@@ -60,7 +60,7 @@ class Plan:
 
         `item_bytes`: of an element on the wire.
         """
-        half = _aligned(elements / (2 * world_size) + ALIGNED_ELEMENTS - 1)
+        half = _aligned(-(-elements // (2 * world_size)) + ALIGNED_ELEMENTS - 1)
         least, most = _aligned(MIN_CHUNK_BYTES / item_bytes), _aligned(self.chunk_bytes / item_bytes)
         return max(1, min(most, max(half, least)))
 

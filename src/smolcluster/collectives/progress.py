@@ -94,7 +94,7 @@ class ProgressLoop:
         self._patience = patience
         self._on_broken = on_broken
         self._spin_seconds = spin_seconds
-        self._comes_soon = True  # what was waited for last: then it pays to look for it without sleeping
+        self._comes_soon = True  # the bytes that were waited for last: then it pays to look without sleeping
         self._lanes: list[Lane] = []
         self._collective_lanes: list[Lane] = []
         self._lane_to: dict[int, Lane] = {}  # the collective lane to each peer
@@ -273,6 +273,7 @@ class ProgressLoop:
     def _drive(self, finished: threading.Event | None, deadline: float | None, *, once: bool = False) -> None:
         """Run until `finished`, or for the background thread until there is nothing to do or somebody waits."""
         spin_until: float | None = None
+        idle_since = 0.0
         turns = 0
         while self._error is None and not self._stopping:
             if finished is not None and finished.is_set():
@@ -293,14 +294,16 @@ class ProgressLoop:
                 if deadline is not None and now >= deadline:
                     return
                 if finished is not None and spin_until is None:
+                    idle_since = now
                     spin_until = now + (self._spin_seconds if self._comes_soon else 0.0)
                 turns = POLL_TURNS - 1
                 if spin_until is None or now >= spin_until:
                     if finished is not None and finished.is_set():
                         return  # the bytes came together with the end of their connection: that counts as nothing moved
                     self._check_order()
-                    if self._sleep(self._sleep_seconds(deadline)):
-                        self._comes_soon = time.monotonic() - now < self._spin_seconds
+                    if self._sleep(self._sleep_seconds(deadline)) and spin_until is not None:
+                        self._comes_soon = time.monotonic() - idle_since < self._spin_seconds
+                        spin_until = None
             except SmolError as error:
                 self.fail(error)
                 return

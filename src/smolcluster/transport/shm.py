@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -61,9 +61,6 @@ _ANSWER = struct.Struct("!2sB")
 _MAGIC = b"SM"
 _MAX_PATH_BYTES = 1024
 _MAX_RING_BYTES = 1 << 30
-
-
-_Found = TypeVar("_Found")
 
 
 class Stream(Protocol):
@@ -126,12 +123,8 @@ class SharedMemoryChannel:
         self.sent_bytes += taken
         return taken
 
-    def rings(self) -> tuple[memoryview, memoryview]:
-        """The memory that this side writes and the memory that it reads, for `try_send_block`, `try_recv_block`."""
-        return self._outgoing.memory(), self._incoming.memory()
-
-    def try_send_block(self, count: int, *, align: int) -> int | None:
-        """Where in the ring there is room for the next `count` bytes; None: not yet. Fill it, then `commit`.
+    def try_send_view(self, count: int, *, align: int) -> memoryview | None:
+        """Room for the next `count` bytes; None: not yet. To be filled, and sent by `commit`.
 
         Args:
             count: at most `align`.
@@ -140,7 +133,7 @@ class SharedMemoryChannel:
         return self._outgoing.block(count, align)
 
     def commit(self, count: int) -> None:
-        """Send the `count` bytes of the last block."""
+        """Send what stands in the last view, of `count` bytes."""
         self.sent_bytes += count
         if self._outgoing.advance(count):
             self._wake()
@@ -166,14 +159,15 @@ class SharedMemoryChannel:
         """
         return self._look(self._incoming.view, limit)
 
-    def try_recv_block(self, count: int, *, align: int, looks: int) -> int | None:
-        """Where in the ring the next `count` bytes are, which were sent by `try_send_block` and `commit`; None: not all
-        have come, however often one looked. As `try_recv_view`.
+    def try_recv_whole(self, count: int, *, align: int, looks: int) -> memoryview | None:
+        """`count` bytes that were sent by `try_send_view` and `commit`; None: not all have come, in so many looks.
+
+        As `try_recv_view`.
         """
         return self._look(self._incoming.block, count, align, looks)
 
     def give_back(self, count: int) -> None:
-        """The first `count` bytes of the last view, or of the last block, are done with; nobody reads them any more."""
+        """The first `count` bytes of the last view are done with; nobody reads them any more."""
         self.recv_bytes += count
         if self._incoming.advance(count):
             self._wake()
@@ -187,14 +181,14 @@ class SharedMemoryChannel:
         self._outgoing.close(error)
         self._incoming.close(error)
 
-    def _look(self, find: Callable[..., _Found | None], *wanted: int) -> _Found | None:
-        found = find(*wanted)
-        if found is None and not self._has_moved and not self._listen():
-            found = find(*wanted)  # what it sent before it ended
-            if found is None:
+    def _look(self, find: Callable[..., memoryview | None], *wanted: int) -> memoryview | None:
+        view = find(*wanted)
+        if view is None and not self._has_moved and not self._listen():
+            view = find(*wanted)  # what it sent before it ended
+            if view is None:
                 raise self._lost()
-        self._has_moved = found is not None
-        return found
+        self._has_moved = view is not None
+        return view
 
     def _wake(self) -> None:
         with contextlib.suppress(SmolError):  # gone: receiving tells, after what it still sent
@@ -256,10 +250,6 @@ class _Ring:
         """From any thread; whatever is called later raises `error`."""
         self._error = self._error or error
         self._memory = None
-
-    def memory(self) -> memoryview:
-        """All of its bytes."""
-        return self._shared()[0]
 
     def _shared(self) -> tuple[memoryview, memoryview]:
         memory = self._memory
@@ -325,13 +315,13 @@ class _Outgoing(_Ring):
         at = self._written % self._size
         return data[at : at + min(limit, room, self._size - at)]
 
-    def block(self, count: int, align: int) -> int | None:
-        """Where `count` bytes from the next multiple of `align` on have room; None: there is not enough."""
+    def block(self, count: int, align: int) -> memoryview | None:
+        """Room for `count` bytes from the next multiple of `align` on; None: there is not enough."""
         skipped = -self._written % align
         if self._room(skipped + count) < skipped + count:
             return None
         self._written += skipped
-        return self._written % self._size
+        return self.view(count)
 
     def advance(self, count: int) -> bool:
         """Publish `count` bytes; True: the receiver sleeps and must be woken."""
@@ -392,19 +382,17 @@ class _Incoming(_Ring):
         at = self._read % self._size
         return data[at : at + min(limit, count, self._size - at)]
 
-    def block(self, count: int, align: int, looks: int) -> int | None:
-        """Where `count` bytes from the next multiple of `align` on are; None: they are not all here."""
+    def block(self, count: int, align: int, looks: int) -> memoryview | None:
+        """`count` bytes from the next multiple of `align` on; None: they are not all here."""
         skipped = -self._read % align
-        until = self._read + skipped + count
-        if self._written < until:
-            _, words = self._shared()
-            for _ in range(looks):
-                if words[_WRITTEN] >= until:
-                    break
-            if self.available(skipped + count) < skipped + count:
-                return None
+        until, (_, words) = self._read + skipped + count, self._shared()
+        for _ in range(looks):
+            if words[_WRITTEN] >= until:
+                break
+        if self.available(skipped + count) < skipped + count:
+            return None
         self._read += skipped
-        return self._read % self._size
+        return self.view(count)
 
     def advance(self, count: int) -> bool:
         """Give `count` bytes back; True: the sender sleeps and must be woken."""
