@@ -25,10 +25,10 @@ from smolcluster.transport.tensors import check_payload, raw_bytes
 # Bytes that one system call sends or receives before the other direction, and the other lanes, get their turn. What
 # was just received is then still in the processor's cache when it is added, and what was just sent when the other
 # process of this machine receives it. On loopback 64 MiB take 31 ms, with 432 KiB too; with 112 KiB Python's part shows
-# (34 ms). No multiple of 64 KiB, which are the kernel's own blocks: those meet the peer's out of step.
+# (33 ms). No multiple of 64 KiB, which are the kernel's own blocks: those meet the peer's out of step.
 QUANTUM_BYTES = 240 << 10
 # Where more ranks than cores share a machine they take turns, the cache is cold anyway, and a turn ought to be long: 4
-# ranks on 2 cores reduce 64 MiB in 88 ms, with 240 KiB in 95.
+# ranks on 2 cores reduce 64 MiB in 84 ms, with 240 KiB in 93.
 CROWDED_QUANTUM_BYTES = 4 << 20
 # Received before it is added, at most.
 MAX_SUM_BYTES = 1 << 20

@@ -819,7 +819,7 @@ def _set_options(sock: socket.socket, options: TcpOptions, lane: str) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(options.patience * 1000))
     if hasattr(socket, "TCP_CONGESTION") and sock.getpeername()[0] in ("127.0.0.1", "::1"):
         # BBR, some kernels' default, halves the speed of loopback. Cubic leaves its slow start early: 4 ranks on 2
-        # cores, who want to send much in each turn, take 1.3 times as long for 64 MiB with it as with Reno.
+        # cores, who want to send much in each turn, take 1.1 to 1.4 times as long for 64 MiB with it as with Reno.
         for name in LOOPBACK_CONGESTION:
             try:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
