@@ -82,6 +82,15 @@ def test_a_block_is_filled_again_before_its_values_grow_too_large() -> None:
     assert block.fitting_calls(1.0) == [1]
 
 
+def test_each_filling_forgets_what_the_one_before_has_lost() -> None:
+    """A residual of values that have grown, added to those that begin anew: with 8 ranks the sum would be wrong."""
+    refilled = []
+    block = _Block(torch.zeros(1000), 0, 2, codec="int8", refilled=lambda: refilled.append(1), sync=lambda: None)
+    is_first = iter([True, False] * 3)
+    block.seconds(lambda tensor: tensor.mul_(3 if next(is_first) else 2), [2, 2, 2])
+    assert len(refilled) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
