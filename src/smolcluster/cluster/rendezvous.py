@@ -174,7 +174,7 @@ class _Lobby:
             } if (
                 rank == hello.rank
                 and not isinstance(rank, bool)
-                and _is_plain(name, address)
+                and is_plain(name, address)
                 and all(isinstance(value, str) for value in theirs.values())
             ):
                 pass
@@ -190,7 +190,7 @@ class _Lobby:
                     f"{name!r} wants rank {rank}, but {member.name!r} (rank {member.rank}) is here already; "
                     "is the same machine started twice?"
                 )
-        return _difference(name, theirs, self._options)
+        return find_difference(name, theirs, self._options)
 
 
 class _Doorkeeper:
@@ -218,7 +218,7 @@ class _Doorkeeper:
             name: object = None
             with contextlib.suppress(SmolError):
                 name = (link.receive(timeout=1.0) or {}).get("name")
-            if not isinstance(name, str) or not _is_plain(name):
+            if not isinstance(name, str) or not is_plain(name):
                 name = None
             refuse(
                 link,
@@ -227,7 +227,7 @@ class _Doorkeeper:
             )
 
 
-def _difference(name: str, theirs: JsonObject, ours: dict[str, str]) -> str | None:
+def find_difference(name: str, theirs: JsonObject, ours: dict[str, str]) -> str | None:
     """What differs between the options of a newcomer and the leader's, the first three keys; None: nothing."""
     keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
     if not keys:
@@ -351,7 +351,7 @@ def _unpack_view(message: JsonObject, world_size: int) -> View:
             len(packed) == world_size
             and 0 <= generation < 2**32
             and 0 <= leader < world_size
-            and _is_plain(run_id)
+            and is_plain(run_id)
             and len(run_id.encode()) <= MAX_NAME_BYTES
         ):
             members = tuple(
@@ -361,12 +361,12 @@ def _unpack_view(message: JsonObject, world_size: int) -> View:
                 and isinstance(name := entry.get("name"), str)
                 and isinstance(address := entry.get("address"), str)
             )
-            if len(members) == world_size and all(_is_plain(member.name, member.address) for member in members):
+            if len(members) == world_size and all(is_plain(member.name, member.address) for member in members):
                 return View(generation, members, leader, run_id)
     raise FrameError(f"rank 0 sent a malformed view of {world_size} ranks")
 
 
-def _is_plain(*words: str) -> bool:
+def is_plain(*words: str) -> bool:
     """Whether each may stand in a log line, a file and a handshake, whoever it came from."""
     return all(len(word.encode(errors="replace")) <= MAX_WORD_BYTES and word.isprintable() for word in words)
 

@@ -55,6 +55,7 @@ class TcpCommunicator:
         staging: Staging | None = None,
         telemetry: Telemetry | None = None,
         timeout: float = CONNECT_TIMEOUT,
+        spins: bool = True,
     ) -> None:
         """Open the connections to all other ranks; blocks until they are there.
 
@@ -66,6 +67,7 @@ class TcpCommunicator:
             staging: how device tensors reach host memory.
             telemetry: where counters and spans go; None: a new one.
             timeout: seconds to wait for the connections.
+            spins: look for bytes for a moment before sleeping, where there is a core to spare.
 
         Raises:
             ConnectFailed: a rank did not connect in time. The world stays open.
@@ -89,7 +91,7 @@ class TcpCommunicator:
         self._forget: list[Callable[[], None]] = []  # what the world is to forget of a closed group
         self._is_crowded = world.neighbours() >= cores()
         self._quantum_bytes = CROWDED_QUANTUM_BYTES if self._is_crowded else QUANTUM_BYTES
-        spin_seconds = 0.0 if self._is_crowded else SPIN_SECONDS  # a core that another rank could use
+        spin_seconds = SPIN_SECONDS if spins and not self._is_crowded else 0.0  # a core that another rank could use
         self._loop = ProgressLoop(
             f"{name} rank {self.rank}", self._broken, patience=world.patience, spin_seconds=spin_seconds
         )

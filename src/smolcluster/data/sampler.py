@@ -41,7 +41,7 @@ class Sampler:
         self.global_batch = checked_global_batch(global_batch)
         self.seed = seed
         self.weights = checked_weights([1.0] * shares if isinstance(shares, int) else shares)
-        self._epoch_order: tuple[int, Tensor] | None = None  # replaced whole: safe between threads
+        self._orders: dict[int, Tensor] = {}  # replaced whole: safe between threads
 
     @property
     def world_size(self) -> int:
@@ -57,7 +57,7 @@ class Sampler:
         """The samples of a step over all ranks: (n,) int64, n = global_batch or, at the end of an epoch, less."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch
-        return self._order(epoch)[start : start + self.global_batch]
+        return self.epoch_order(epoch)[start : start + self.global_batch]
 
     def rank_indices(self, step: int, rank: int) -> Tensor:
         """The part of `global_indices(step)` that `rank` computes: (m,) int64, m may be 0."""
@@ -66,12 +66,13 @@ class Sampler:
         start = sum(counts[:rank])
         return indices[start : start + counts[rank]]
 
-    def _order(self, epoch: int) -> Tensor:
-        cached = self._epoch_order
-        if cached is None or cached[0] != epoch:
-            cached = (epoch, seeded_permutation(self.length, self.seed, epoch))
-            self._epoch_order = cached
-        return cached[1]
+    def epoch_order(self, epoch: int) -> Tensor:
+        """All samples in the order of an epoch: (length,) int64. The last two asked for are kept."""
+        order = self._orders.get(epoch)
+        if order is None:
+            order = seeded_permutation(self.length, self.seed, epoch)
+            self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
+        return order
 
 
 def seeded_permutation(length: int, *key: int) -> Tensor:

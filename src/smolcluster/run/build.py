@@ -11,21 +11,35 @@ from torch import nn
 
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.single import Single
+from smolcluster.algorithms.syncps import SyncPsServer, SyncPsWorker
 from smolcluster.checkpoint.state import StateReader
 from smolcluster.collectives.base import Communicator
-from smolcluster.config.schema import Config, resolved_batch_size, resolved_staleness_bound, total_steps
+from smolcluster.collectives.param_server import ServerPort, WorkerPort
+from smolcluster.config.schema import (
+    Config,
+    resolved_batch_size,
+    resolved_epochs,
+    resolved_staleness_bound,
+    total_steps,
+)
+from smolcluster.data.leases import SamplePool, range_indices
 from smolcluster.data.loader import BatchLoader, eval_batches
-from smolcluster.data.source import TrainingData, open_data
+from smolcluster.data.sampler import Sampler
+from smolcluster.data.source import MemoryData, TrainingData, open_data
 from smolcluster.device import give_memory_back, is_out_of_memory, prepare_process, resolve_device
 from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.build import build_model
-from smolcluster.run.support import check_supported, rank_weights
+from smolcluster.run.support import check_supported, computing_ranks, rank_weights
 from smolcluster.training.optim import OptimizerFactory, optimizer_factory
 from smolcluster.training.rng import load_rng_state
-from smolcluster.training.schedule import lr_schedule
+from smolcluster.training.schedule import LrSchedule, lr_schedule
+from smolcluster.training.server import Rule
 from smolcluster.training.strategy import Strategy
 from smolcluster.training.trainer import Progress, Trainer
+
+# Updates of a run that ends with its samples.
+NO_LIMIT = 1 << 62
 
 Save: TypeAlias = Callable[[Strategy, BatchLoader, Progress], None]
 
@@ -40,7 +54,7 @@ class Parts:
         data: what is trained on and validated on.
         model: initialised from the seed, on the CPU.
         global_batch: samples of a step over all ranks.
-        weights: the ranks' relative shares of it, in rank order.
+        weights: the relative shares of it of the ranks that compute, in rank order.
         device: where this rank computes.
     """
 
@@ -115,7 +129,7 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
         if not is_out_of_memory(exc):
             raise
         raise ConfigError("the model does not fit into this machine's memory. Make the sizes of model smaller") from exc
-    global_batch = resolved_batch_size(config) * len(names)
+    global_batch = resolved_batch_size(config) * computing_ranks(config, len(names))
     _steps(config, data, global_batch)  # a stream is counted here, where nobody waits for this rank
     # Dropout: other masks on every rank, the same in every run.
     torch.manual_seed(seed + rank)
@@ -174,6 +188,80 @@ def assemble(
     return Assembly(steps, trainer, strategy, loader, optimizers)
 
 
+@dataclass(frozen=True, slots=True)
+class ServerParts:
+    """A parameter server's algorithm, the samples that it lends, and the optimizers that it made."""
+
+    rule: Rule
+    pool: SamplePool
+    optimizers: Sequence[torch.optim.Optimizer]
+
+
+def assemble_server(
+    parts: Parts, port: ServerPort, *, global_batch: int, skip_nonfinite: bool = False
+) -> ServerParts:
+    """Make the server's side of the algorithm.
+
+    Args:
+        parts: the server's.
+        port: to the workers.
+        global_batch: samples of a step over all workers.
+        skip_nonfinite: pass over updates that are not finite instead of stopping.
+    """
+    config, data = parts.config, _in_memory(parts.data)
+    training, cluster = config.training, config.cluster
+    sampler = Sampler(len(data.train), global_batch, cluster.seed)
+    only_max_steps = training.max_steps is not None and training.epochs is None
+    pool = SamplePool(sampler, None if only_max_steps else resolved_epochs(config))
+    optimizers: list[torch.optim.Optimizer] = []
+    rule = SyncPsServer(
+        parts.model,
+        _remembering(_optimizer_factory(config), optimizers),
+        port,
+        pool,
+        steps=NO_LIMIT if training.max_steps is None else training.max_steps,
+        count_planned=lambda ranges: data.train.targets_per_sample(range_indices(sampler, ranges)),
+        shares=parts.weights,
+        staleness_bound=resolved_staleness_bound(config) or 0,
+        timeout=cluster.timeout,
+        worker_update_interval=cluster.worker_update_interval,
+        grad_clip_norm=training.grad_clip_norm,
+        lr_schedule=_schedule(config, planned_steps(parts, global_batch)),
+        precision=training.precision,
+        device=parts.device,
+        skip_nonfinite=skip_nonfinite,
+    )
+    return ServerParts(rule, pool, optimizers)
+
+
+def assemble_worker(parts: Parts, port: WorkerPort) -> Strategy:
+    """Make a worker's side of the algorithm."""
+    config = parts.config
+    return SyncPsWorker(
+        parts.model,
+        port,
+        staleness_bound=resolved_staleness_bound(config) or 0,
+        polyak_alpha=config.training.polyak_alpha,
+        precision=config.training.precision,
+        device=parts.device,
+    )
+
+
+def planned_steps(parts: Parts, global_batch: int) -> int:
+    """Updates that a run has if every sample counts at once: what the learning rate is planned for."""
+    return _steps(parts.config, parts.data, global_batch)
+
+
+def _in_memory(data: TrainingData) -> MemoryData:
+    assert isinstance(data, MemoryData), "check_supported refuses streams"
+    return data
+
+
+def _schedule(config: Config, steps: int) -> LrSchedule:
+    schedule, training = config.lr_schedule, config.training
+    return lr_schedule(schedule.kind, training.learning_rate, schedule.warmup_iters, schedule.min_lr, steps)
+
+
 def _steps(config: Config, data: TrainingData, global_batch: int) -> int:
     """Updates of the whole run. Where epochs do not matter, a stream need not be counted."""
     only_max_steps = config.training.max_steps is not None and config.training.epochs is None
@@ -185,13 +273,7 @@ def _strategy(
 ) -> Strategy:
     config = parts.config
     training, cluster = config.training, config.cluster
-    schedule = lr_schedule(
-        config.lr_schedule.kind,
-        training.learning_rate,
-        config.lr_schedule.warmup_iters,
-        config.lr_schedule.min_lr,
-        steps,
-    )
+    schedule = _schedule(config, steps)
     if config.algorithm == "single":
         return Single(
             parts.model,

@@ -32,7 +32,8 @@ class ParentLink:
         self._write_lock = threading.Lock()
         self._state_lock = threading.Lock()
         self._bootstrap: SimpleQueue[JsonObject] = SimpleQueue()
-        self._leader: SimpleQueue[str] = SimpleQueue()
+        self._leader: str | None = None
+        self._has_leader = threading.Event()
         self._written = threading.Semaphore(0)
         self._request_stop: Callable[[], None] | None = None
         self._abort: Callable[[SmolError], None] | None = None
@@ -45,8 +46,10 @@ class ParentLink:
         return self._bootstrap.get()
 
     def leader_address(self) -> str:
-        """Block until the parent says where rank 0 listens."""
-        return self._leader.get()
+        """Where rank 0 listens, as the parent said last; blocks until it has."""
+        self._has_leader.wait()
+        assert self._leader is not None
+        return self._leader
 
     def tell(self, message: JsonObject) -> None:
         """Send one line, from any thread. A parent that is gone is noticed by the reader."""
@@ -79,7 +82,8 @@ class ParentLink:
         with self._state_lock:
             request_stop, abort = self._request_stop, self._abort
         if command == "leader":
-            self._leader.put(str(message["address"]))
+            self._leader = str(message["address"])
+            self._has_leader.set()
         elif command == "rows_written":
             self._written.release()
         elif command == "stop":

@@ -22,8 +22,8 @@ from smolcluster.kinds import JsonObject
 from smolcluster.log import log_to_file
 from smolcluster.run.parent import ParentLink
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
-from smolcluster.run.support import shared_options, tcp_options
-from smolcluster.transport.tcp import listen
+from smolcluster.run.support import PARAMETER_SERVERS, shared_options, tcp_options
+from smolcluster.transport.tcp import TcpNetwork, listen
 
 if TYPE_CHECKING:
     from smolcluster.cluster.world import World
@@ -122,6 +122,21 @@ def error_event(rank: int, error: BaseException, log_path: Path | None, *, conse
     }
 
 
+class _Failure:
+    """What ended the run from outside, if anything did."""
+
+    def __init__(self) -> None:
+        self._error: SmolError | None = None
+
+    def set(self, error: SmolError) -> None:
+        """The first counts."""
+        self._error = self._error or error
+
+    def get(self) -> SmolError | None:
+        """None: it goes on."""
+        return self._error
+
+
 class _Rank:
     """The run of this process."""
 
@@ -132,14 +147,11 @@ class _Rank:
 
     def run(self) -> int:
         """Train; returns the exit code."""
+        if self._start.config.algorithm in PARAMETER_SERVERS:
+            return self._serve() if self._start.rank == 0 else self._work()
         start = self._start
         over_tcp = start.world_size > 1 and start.config.backend == "tcp"
-        listener = None
-        if over_tcp:
-            sockets = tcp_options(start.config)
-            token = bytes.fromhex(start.token)
-            listener = listen(LOOPBACK, 0, token=token, run_id=start.run_id, rank=start.rank, options=sockets)
-            self._link.tell({"event": "listening", "address": listener.address})
+        listener = self._listen() if over_tcp else None
 
         # From here on torch is imported.
         from smolcluster.run.build import prepare
@@ -172,6 +184,62 @@ class _Rank:
             self._link.tell({"event": "result", "run": result.run, "ranks": [*result.ranks], "stopped": result.stopped})
         comm.close()
         return EXIT_INTERRUPTED if result.stopped else 0
+
+    def _listen(self) -> Listener:
+        start = self._start
+        sockets, token = tcp_options(start.config), bytes.fromhex(start.token)
+        listener = listen(LOOPBACK, 0, token=token, run_id=start.run_id, rank=start.rank, options=sockets)
+        self._link.tell({"event": "listening", "address": listener.address})
+        return listener
+
+    def _serve(self) -> int:
+        """Be the parameter server."""
+        start, listener = self._start, self._listen()
+        from smolcluster.run.build import prepare
+        from smolcluster.run.param_server import run_server
+        from smolcluster.training.role import RunContext
+
+        parts = prepare(start.config, start.rank, start.names)
+        stop, failure = threading.Event(), _Failure()
+        self._link.attach(stop.set, failure.set)
+        result = run_server(
+            parts,
+            [listener],
+            start.names,
+            RunContext(_PipeSink(self._link, start.rank), None, stop),
+            options=shared_options(start.config),
+            folder=start.checkpoints.parent,
+            resume=start.resume,
+            skip_nonfinite=start.skip_nonfinite,
+            deliver=self._link.deliver,
+            note=lambda text: self._link.tell({"event": "note", "text": text}),
+            ended=failure.get,
+        )
+        self._link.tell({"event": "result", "run": result.run, "ranks": [*result.ranks], "stopped": result.stopped})
+        return EXIT_INTERRUPTED if result.stopped else 0
+
+    def _work(self) -> int:
+        """Be a worker of the parameter server."""
+        start = self._start
+        from smolcluster.run.build import prepare
+        from smolcluster.run.param_server import run_worker
+        from smolcluster.training.role import RunContext
+
+        parts = prepare(start.config, start.rank, start.names, local_rank=start.rank - 1)
+        sockets = tcp_options(start.config)
+        run_worker(
+            parts,
+            TcpNetwork(bytes.fromhex(start.token), sockets),
+            self._link.leader_address,
+            start.names[start.rank],
+            # The server ends a run that is asked to stop; a worker computes as long as it lends.
+            RunContext(_PipeSink(self._link, start.rank), None, threading.Event()),
+            run_id=start.run_id,
+            address=f"tcp://{LOOPBACK}:0",
+            options=shared_options(start.config),
+            attach=lambda port: self._link.attach(lambda: None, port.abort),
+        )
+        return 0
 
     def _join(self, listener: Listener | None) -> tuple[World | None, Communicator]:
         from smolcluster.run.connect import alone, join_tcp, join_torch

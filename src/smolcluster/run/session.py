@@ -18,7 +18,7 @@ from smolcluster.collectives.plan import Plan
 from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.config.schema import reads_text
 from smolcluster.data.loader import BatchLoader
-from smolcluster.kinds import JsonObject
+from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.gradients import GradientNorms
 from smolcluster.monitoring.links import measure_links
@@ -107,11 +107,12 @@ def run_rank(
         deliver(comm)
     note = None if recording is None else recording.write()  # before the reports: its bytes count
     reports = [report for report in comm.exchange(_report(assembly, result, comm)) if isinstance(report, dict)]
-    values = _run_values(parts, assembly, result, reports) | {"restarts": restarts}
+    values = run_values(parts, assembly.strategy.model, result, reports[0]["weights_sha256"]) | {"restarts": restarts}
     return RankResult(values, reports, result.stopped, note)
 
 
-def _run_values(parts: Parts, assembly: Assembly, result: TrainResult, reports: Sequence[JsonObject]) -> JsonObject:
+def run_values(parts: Parts, model: nn.Module, result: TrainResult, sha256: JsonValue) -> JsonObject:
+    """What summary.json says of the whole run."""
     return {
         "steps": result.steps,
         "samples": result.samples,
@@ -122,8 +123,8 @@ def _run_values(parts: Parts, assembly: Assembly, result: TrainResult, reports: 
         "val_loss": result.val_loss,
         "val_accuracy": result.val_accuracy,
         "val_perplexity": result.val_perplexity if reads_text(parts.config) else None,
-        "parameters": sum(param.numel() for param in assembly.strategy.model.parameters()),
-        "weights_sha256": reports[0]["weights_sha256"],
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "weights_sha256": sha256,
     }
 
 
@@ -132,26 +133,25 @@ def _report(assembly: Assembly, result: TrainResult, comm: Communicator) -> Json
     model = assembly.strategy.model
     params = list(model.parameters())
     grads = [param.grad for param in params if param.grad is not None]
-    state = [
-        value
-        for optimizer in assembly.optimizers
-        for slots in optimizer.state.values()
-        for value in slots.values()
-        if isinstance(value, torch.Tensor)
-    ]
     return {
         "samples": result.rank_samples,
         "weights_sha256": weights_sha256(model),
-        "parameter_bytes": _held_bytes(params),
-        "gradient_bytes": _held_bytes(grads),
-        "optimizer_bytes": _held_bytes(state),
+        "parameter_bytes": held_bytes(params),
+        "gradient_bytes": held_bytes(grads),
+        "optimizer_bytes": optimizer_bytes(assembly.optimizers),
         "peak_rss_bytes": peak_rss_bytes(),
         "sent_bytes": round(comm.telemetry.counter("link/sent_bytes")),
         "recv_bytes": round(comm.telemetry.counter("link/recv_bytes")),
     }
 
 
-def _held_bytes(tensors: Sequence[torch.Tensor]) -> int:
+def optimizer_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Bytes of memory behind what the optimizers remember."""
+    slots = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    return held_bytes([value for value in slots if isinstance(value, torch.Tensor)])
+
+
+def held_bytes(tensors: Sequence[torch.Tensor]) -> int:
     """Bytes of memory behind the tensors, each memory once: gradients are views into shared buckets."""
     storages = {(tensor.device, storage.data_ptr()): storage for tensor in tensors if (storage := _storage(tensor))}
     return sum(storage.nbytes() for storage in storages.values())

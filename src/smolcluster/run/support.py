@@ -12,7 +12,9 @@ from smolcluster.transport.tcp import TcpOptions
 
 # Carrier-grade NAT, which Tailscale uses, and the range for measuring networks: nobody routes them.
 _OWN_NETWORKS = (ipaddress.IPv4Network("100.64.0.0/10"), ipaddress.IPv4Network("198.18.0.0/15"))
-ALGORITHMS = ("single", "classicdp")
+ALGORITHMS = ("single", "classicdp", "syncps")
+# A server that computes nothing, and workers that come and go.
+PARAMETER_SERVERS = ("syncps", "edp")
 
 
 def check_supported(config: Config, world_size: int) -> None:
@@ -32,12 +34,15 @@ def check_supported(config: Config, world_size: int) -> None:
             f"algorithm single is one process, but {world_size} ranks are asked for. Leave out --local, or choose "
             "--algorithm classicdp"
         )
+    if config.algorithm in PARAMETER_SERVERS:
+        _check_parameter_server(config, world_size)
     later = {
         "training.activation_checkpointing": config.training.activation_checkpointing,
     }
     if config.algorithm != "single":  # which has no cluster: so one file serves both sides of a comparison
         later["cluster.shares auto"] = config.cluster.shares == "auto"
-        later[f"cluster.min_ranks below {world_size} ranks"] = (config.cluster.min_ranks or world_size) < world_size
+        if config.algorithm not in PARAMETER_SERVERS:
+            later[f"cluster.min_ranks below {world_size} ranks"] = (config.cluster.min_ranks or world_size) < world_size
         if config.cluster.tls and config.backend != "tcp":
             raise ConfigError(
                 f"cluster.tls is of backend tcp; {config.backend} does not encrypt. Take cluster.tls out, or choose "
@@ -48,8 +53,41 @@ def check_supported(config: Config, world_size: int) -> None:
             raise ConfigError(f"{key} comes in a later release. Take it out of the configuration")
 
 
+def _check_parameter_server(config: Config, world_size: int) -> None:
+    algorithm = config.algorithm
+    if world_size < 2:
+        raise ConfigError(f"algorithm {algorithm} needs a server and a worker. Give --local 2 or more")
+    if config.backend != "tcp":
+        raise ConfigError(
+            f"algorithm {algorithm} lets workers come and go, which backend {config.backend} cannot. Choose "
+            "--backend tcp"
+        )
+    if config.data.streaming:
+        raise ConfigError(
+            f"algorithm {algorithm} lends single samples, and a stream cannot be read at any place. Set "
+            "data.streaming to false"
+        )
+    if not 2 <= min_ranks(config, world_size) <= world_size:
+        raise ConfigError(
+            f"cluster.min_ranks is {config.cluster.min_ranks}; with {world_size} ranks, the server among them, it must "
+            f"be 2 to {world_size}"
+        )
+
+
+def min_ranks(config: Config, world_size: int) -> int:
+    """Fewest ranks that a run goes on with: all, or with a parameter server the server and one worker."""
+    if config.algorithm in PARAMETER_SERVERS:
+        return config.cluster.min_ranks or 2
+    return config.cluster.min_ranks or world_size
+
+
+def computing_ranks(config: Config, world_size: int) -> int:
+    """How many of the ranks compute gradients: all but a parameter server."""
+    return world_size - 1 if config.algorithm in PARAMETER_SERVERS else world_size
+
+
 def rank_weights(config: Config, names: list[str]) -> list[float]:
-    """Each rank's relative share of the global batch, in rank order.
+    """The relative shares of the global batch of those ranks that compute, in rank order.
 
     Args:
         config: `cluster.shares` decides.
@@ -59,18 +97,20 @@ def rank_weights(config: Config, names: list[str]) -> list[float]:
         ConfigError: the shares are not those of these ranks.
     """
     shares = config.cluster.shares
+    names = names[len(names) - computing_ranks(config, len(names)) :]
     if isinstance(shares, str) or config.algorithm == "single":
         return [1.0] * len(names)
     if isinstance(shares, dict):
         if set(shares) != set(names):
             raise ConfigError(
-                f"cluster.shares has {', '.join(shares)}, but the ranks are {', '.join(names)}. Name each of them "
+                f"cluster.shares has {', '.join(shares)}, but who computes is {', '.join(names)}. Name each of them "
                 "once, or give a list in rank order"
             )
         return [shares[name] for name in names]
     if len(shares) != len(names):
         raise ConfigError(
-            f"cluster.shares has {len(shares)} weights for {len(names)} ranks. Give one for each rank, or `even`"
+            f"cluster.shares has {len(shares)} weights for {len(names)} ranks that compute. Give one for each, or "
+            "`even`"
         )
     return list(shares)
 
@@ -132,6 +172,9 @@ def shared_options(config: Config) -> dict[str, str]:
     for key in ("model.hf_model_name", "data.tokenizer"):  # a folder may lie elsewhere on another machine
         keys[key] = str(keys[key]).replace("\\", "/").rstrip("/").rpartition("/")[2]
     keys["algorithm"] = values["algorithm"]
-    for key in ("seed", "staleness_bound", "patience", "shares", "compression", "bucket_bytes", "min_ranks", "tls"):
+    for key in (
+        "seed", "staleness_bound", "patience", "shares", "compression", "bucket_bytes", "min_ranks", "tls", "timeout",
+        "worker_update_interval",
+    ):  # fmt: skip
         keys[f"cluster.{key}"] = values["cluster"][key]
     return {key: str(value) for key, value in keys.items()}

@@ -18,7 +18,7 @@ import torch
 from smolcluster.collectives.base import Communicator
 from smolcluster.data.batch import Batch
 from smolcluster.kinds import JsonObject
-from smolcluster.telemetry import Span, overlap_s
+from smolcluster.telemetry import Span, Telemetry, overlap_s
 from smolcluster.training.step import EvalSums, MicroBatches, StepResult, as_batches
 from smolcluster.training.strategy import Strategy
 
@@ -33,6 +33,20 @@ class MetricsSink(Protocol):
     def progress(self, done: int, total: int, row: JsonObject) -> None:
         """`done` of `total` steps are applied; `row` is the last one's."""
         ...
+
+
+class Endpoint(Protocol):
+    """What a trainer needs to know of how its process takes part: a Communicator, or a port to a parameter server.
+
+    Attributes:
+        rank: in the run.
+        telemetry: what the algorithm measures.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def telemetry(self) -> Telemetry: ...
 
 
 class NoMetrics:
@@ -117,6 +131,7 @@ class Trainer:
         checkpoint: Callable[[Progress], None] | None = None,
         checkpoint_steps: int | None = None,
         start: Progress | None = None,
+        endpoint: Endpoint | None = None,
     ) -> None:
         """Say what to do; `run` does it.
 
@@ -132,7 +147,9 @@ class Trainer:
                 gradients still wait, so that a longer run can go on as if this one had not ended.
             checkpoint_steps: call it after every so many updates, and at the end; None: only at the end.
             start: how far the strategy's state is; None: at the beginning.
+            endpoint: how this process takes part where it has no communicator.
         """
+        self._endpoint = endpoint
         self._strategy = strategy
         self._batches = batches
         self._steps = steps
@@ -193,7 +210,7 @@ class _Run:
         self._metrics = metrics
         self._comm = comm
         self._stop = stop
-        self._timing = _StepTiming(comm)
+        self._timing = _StepTiming(trainer._endpoint or comm)
         start = trainer._start
         self._done = start.steps
         self._computed = start.computed
@@ -266,7 +283,7 @@ class _Run:
     def _after_step(self, result: StepResult, step_s: float, *, may_evaluate: bool, is_last: bool) -> None:
         trainer = self._trainer
         self._last = result
-        self._train_loss = _json_number(result.loss)
+        self._train_loss = json_number(result.loss)
         self._done += 1
         self._samples += result.samples
         self._tokens += result.count
@@ -274,8 +291,8 @@ class _Run:
             "time": 0.0,  # its place; see _write
             "rank": self._timing.rank,
             "step": result.step,
-            "train/loss": _json_number(result.loss),
-            "train/grad_norm": _json_number(result.grad_norm),
+            "train/loss": json_number(result.loss),
+            "train/grad_norm": json_number(result.grad_norm),
             "train/lr": result.lr,
             "train/samples": result.samples,
             "train/tokens_per_s": result.count / max(step_s, 1e-9),
@@ -328,11 +345,11 @@ class _Run:
                 sums = EvalSums(float(total[0]), *(round(number) for number in total[1:].tolist()))
         self._timing.collect()
         self._eval, self._evaluated_at = sums, self._done
-        loss, accuracy, perplexity = _eval_numbers(sums)
+        loss, accuracy, perplexity = evaluation_numbers(sums)
         return {"val/loss": loss, "val/accuracy": accuracy, "val/perplexity": perplexity}
 
     def _result(self, stopped: bool) -> TrainResult:
-        loss, accuracy, perplexity = _eval_numbers(self._eval)
+        loss, accuracy, perplexity = evaluation_numbers(self._eval)
         return TrainResult(
             steps=self._done,
             samples=self._samples,
@@ -351,9 +368,9 @@ class _Run:
 class _StepTiming:
     """Turns one rank's telemetry into the columns of a step's row."""
 
-    def __init__(self, comm: Communicator | None) -> None:
-        self.rank = 0 if comm is None else comm.rank
-        self._telemetry = None if comm is None else comm.telemetry
+    def __init__(self, endpoint: Endpoint | None) -> None:
+        self.rank = 0 if endpoint is None else endpoint.rank
+        self._telemetry = None if endpoint is None else endpoint.telemetry
         self._spans: dict[int, list[Span]] = {}
 
     def collect(self) -> None:
@@ -402,15 +419,15 @@ def _total_s(spans: list[Span]) -> float:
     return sum(span.end - span.start for span in spans)
 
 
-def _eval_numbers(sums: EvalSums | None) -> tuple[float | None, float | None, float | None]:
+def evaluation_numbers(sums: EvalSums | None) -> tuple[float | None, float | None, float | None]:
     """(mean loss, accuracy, perplexity), None where undefined."""
     if sums is None or sums.count == 0:
         return None, None, None
     loss = sums.loss_sum / sums.count
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows at 710
-    return _json_number(loss), sums.correct / max(sums.graded, 1), _json_number(perplexity)
+    return json_number(loss), sums.correct / max(sums.graded, 1), json_number(perplexity)
 
 
-def _json_number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
     """JSON knows neither infinity nor NaN."""
     return value if math.isfinite(value) else None

@@ -1,0 +1,548 @@
+"""Synchronous parameter server: workers push gradients for one step after the other, a server averages and steps.
+
+Idea      The server holds the weights and lends samples: for each step it deals the global batch to the workers. Each
+          worker computes the summed gradient of its part and pushes it. When all have pushed, the server averages by
+          what was computed, steps its optimizer and answers. Every `worker_update_interval` steps the answer carries
+          weights, which a worker blends with its own. Who has not pushed `timeout` seconds after the first push of a
+          step is late: the step closes without it, its samples go back and are dealt again, and its push is refused
+          when it comes. No step waits for a worker that was late, until one of its pushes comes in time again.
+Step      worker: 1 take weights  2 zero_grad, forward/backward on the lease  3 push  4 wait for the answer
+          server: 1 deal samples  2 gather pushes until the step closes  3 average, clip, optimizer.step  4 answer
+Cost      a worker sends S bytes per step and receives S / worker_update_interval (S = gradient bytes); the server
+          N times that, over one connection each: its link is what limits N. Memory: the server holds the optimizer
+          state and N gradients, a worker weights and K + 1 gradients.
+Staleness K = 0: workers compute on the newest weights (interval 1, alpha 0: equal to `single`). K > 0: leases are
+          dealt K steps ahead, so that a worker computes while its push and the answer travel; the gradient of step t
+          is applied K steps late, as in `single` with the same K.
+Breaks if the server's link carries fewer than N * S bytes in the time of a step: use classicdp. If one worker is much
+          slower than the others: give it a smaller share (cluster.shares), or use edp.
+Source    Li et al. 2014, Scaling Distributed Machine Learning with the Parameter Server, section 3; closing without
+          stragglers: Chen et al. 2016, Revisiting Distributed Synchronous SGD, arXiv:1604.00981, section 3 (backup
+          workers); the blend: Polyak and Juditsky 1992
+Try       smolcluster train --algorithm syncps --preset single_mnist --local 4
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from smolcluster.collectives.param_server import (
+    Answer,
+    Push,
+    PushNote,
+    ServerPort,
+    Ticket,
+    Worker,
+    WorkerPort,
+)
+from smolcluster.data.batch import Batch
+from smolcluster.data.leases import Lease, Range, SamplePool
+from smolcluster.training.flat import (
+    blend_weights,
+    flat_gradients,
+    flat_weights,
+    install_gradients,
+    take_constants,
+    trained,
+)
+from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
+from smolcluster.training.schedule import LrSchedule
+from smolcluster.training.server import Commit, Update
+from smolcluster.training.step import (
+    EvalSums,
+    LossScaler,
+    MicroBatches,
+    PendingGradient,
+    Precision,
+    Shard,
+    StateReader,
+    StepResult,
+    as_batches,
+    clip_gradients,
+    count_targets,
+    evaluate_batch,
+    forward_backward,
+    is_applicable,
+    load_model_state,
+    model_state,
+    pending_state,
+    prepare_model,
+    read_pending,
+)
+
+
+class SyncPsWorker:
+    """A worker: computes what it is lent."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        port: WorkerPort,
+        *,
+        staleness_bound: int = 0,
+        polyak_alpha: float = 0.0,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Take the model over; its first weights come from the server.
+
+        Args:
+            model: maps inputs to logits, (B, C) or (B, T, V).
+            port: to the server.
+            staleness_bound: K, how many pushes may be unanswered when the next step begins.
+            polyak_alpha: what the worker's own weights count when weights come.
+            precision: "fp64" converts the model; "bf16" and "fp16" compute under autocast.
+            device: where this worker computes.
+        """
+        self.model = prepare_model(model, precision, device)
+        self._params = trained(self.model)
+        self._port = port
+        self._staleness_bound = staleness_bound
+        self._polyak_alpha = polyak_alpha
+        self._precision = precision
+        self._device = device
+        self._scaler = LossScaler() if precision == "fp16" else None
+        self._under_way: deque[Ticket] = deque()
+
+    def train_step(self, micro_batches: MicroBatches) -> StepResult | None:
+        """Compute and push the gradient of the port's lease; the answer to the push that is due.
+
+        Args:
+            micro_batches: the lease's samples, as Batches or (inputs, targets) pairs.
+
+        Returns:
+            What the step gave over all workers; None if no answer is due, or if it was refused or lost.
+        """
+        batches = as_batches(micro_batches)
+        lease, layout = self._port.lease, self._port.layout
+        assert lease is not None, "batches come from the port's leases"
+        self._port.telemetry.step = lease.step
+        began = time.monotonic()
+
+        # 1 weights, if the lease brought some
+        if lease.weights is not None:
+            alpha = 0.0 if lease.is_first else self._polyak_alpha
+            blend_weights(self._params, lease.weights, layout, alpha)
+            take_constants(self.model, lease.constants)
+
+        # 2 zero_grad, forward, backward
+        for param in self._params:
+            param.grad = None
+        count = count_targets(batches)
+        loss_scale = self._scaler.scale if self._scaler else 1.0
+        scale = 1.0 / max(lease.planned, 1)
+        loss_sum = forward_backward(
+            self.model, batches, scale * loss_scale, self._precision,
+            device=self._device, telemetry=self._port.telemetry,
+        )  # fmt: skip
+
+        # 3 push
+        flats, missing = flat_gradients(self._params, layout)
+        if self._scaler is not None:
+            unscale(flats, self._scaler)
+        loss = float(loss_sum)
+        note = PushNote(
+            leases=(lease.number,),
+            bases=(lease.version,),
+            loss_sum=loss if math.isfinite(loss) else None,
+            count=count,
+            samples=sum(batch.samples for batch in batches),
+            scale=scale,
+            compute_s=time.monotonic() - began,
+            missing=missing,
+        )
+        self._under_way.append(self._port.push(flats, note))
+
+        # 4 the answer to the oldest push, with K = 0 this one
+        while len(self._under_way) > self._staleness_bound:
+            result = _as_result(self._under_way.popleft().wait())
+            if result is not None:
+                return result
+        return None
+
+    def eval_step(self, batch: Batch) -> EvalSums:
+        """Loss sum, target count and correct predictions of one batch with this worker's weights; changes nothing."""
+        return evaluate_batch(self.model, batch, self._precision, self._device)
+
+    def finish(self) -> list[StepResult]:
+        """Take the run's last weights; the answers that are still to come, oldest first."""
+        results = [_as_result(ticket.wait()) for ticket in self._under_way]
+        self._under_way.clear()
+        if self._port.last_weights is not None:
+            blend_weights(self._params, self._port.last_weights, self._port.layout, 0.0)
+        return [result for result in results if result is not None]
+
+    def request_stop(self) -> None:
+        """The server decides when a run ends."""
+
+    def state(self) -> dict[str, Shard]:
+        """Nothing: the server holds it all."""
+        return {}
+
+    def load_state(self, reader: StateReader) -> None:
+        """Nothing: weights come from the server."""
+
+
+@dataclass(slots=True)
+class _Member:
+    """A worker as the server sees it."""
+
+    worker: Worker
+    until_weights: int = 0  # leases until one brings weights
+    is_behind: bool = False  # it was late, and no push of it has come in time since
+    computing: set[int] = field(default_factory=set)  # leases that it was sent and has not pushed
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """What the pushes of a step add up to."""
+
+    gradients: list[Tensor]
+    loss_sum: float
+    count: int
+    samples: int
+    scale: float
+    missing: list[int]
+
+
+@dataclass(slots=True)
+class _Gathering:
+    """A step that is open: dealt, and not yet applied.
+
+    Attributes:
+        number: the step's.
+        planned: targets that were dealt.
+        awaited: sessions that the step waits for.
+        waiting: lease numbers that are out, by session.
+        pushes: what has come, by session.
+        first_push_at: when the first came (`time.monotonic()`); None: none has.
+        total: of all pushes, once it is made; of a step from a checkpoint all that there is.
+    """
+
+    number: int
+    planned: int
+    awaited: set[int] = field(default_factory=set)
+    waiting: dict[int, int] = field(default_factory=dict)
+    pushes: dict[int, Push] = field(default_factory=dict)
+    first_push_at: float | None = None
+    total: _Sum | None = None
+
+
+class SyncPsServer:
+    """The server: deals samples, gathers pushes, steps. See training/server.py for who calls it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer_factory: OptimizerFactory,
+        port: ServerPort,
+        pool: SamplePool,
+        *,
+        steps: int,
+        count_planned: Callable[[Sequence[Range]], int],
+        shares: Sequence[float],
+        staleness_bound: int = 0,
+        timeout: float | None = None,
+        worker_update_interval: int = 1,
+        grad_clip_norm: float | None = None,
+        lr_schedule: LrSchedule | None = None,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+        skip_nonfinite: bool = False,
+    ) -> None:
+        """Take the model over: its weights are those that all workers begin with.
+
+        Args:
+            model: as the workers'.
+            optimizer_factory: makes the optimizer from the parameters to train.
+            port: to the workers.
+            pool: lends the samples; a step is one deal of it.
+            steps: updates of the whole run, at most.
+            count_planned: the targets of some samples.
+            shares: relative weights of the workers, in the order of ranks from 1 on.
+            staleness_bound: K, the steps that are dealt ahead.
+            timeout: seconds after its first push when a step closes; None: it waits for every worker.
+            worker_update_interval: leases of a worker until one brings weights again.
+            grad_clip_norm: bound of the global gradient norm; None: never clipped.
+            lr_schedule: learning rate of update i; None: what the optimizer has.
+            precision: "fp64" converts the model; else the weights are as they are.
+            device: where to step and evaluate.
+            skip_nonfinite: pass over updates that are not finite instead of stopping.
+        """
+        self.model = prepare_model(model, precision, device)
+        self.refused = 0
+        self.hold = False
+        self._named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self._params = list(self._named.values())
+        self._optimizer = optimizer_factory(self._params)
+        self._port = port
+        self._pool = pool
+        self._steps = steps
+        self._count_planned = count_planned
+        self._shares = shares
+        self._staleness_bound = staleness_bound
+        self._timeout = timeout
+        self._interval = worker_update_interval
+        self._grad_clip_norm = grad_clip_norm
+        self._lr_schedule = lr_schedule
+        self._precision = precision
+        self._device = device
+        # A loss scale too large for fp16 is found by the worker, which then sends a gradient that is not finite.
+        self._skip_nonfinite = skip_nonfinite or precision == "fp16"
+        self._members: dict[int, _Member] = {}
+        self._open: deque[_Gathering] = deque()
+        self._next_step = 0
+        self._version = 0
+        self._weights: tuple[int, list[Tensor]] | None = None  # (version, flat)
+        self._commits: list[Commit] = []
+
+    # ---- what happens
+
+    def joined(self, worker: Worker) -> None:
+        """It gets its first lease, and weights with it, when the next step is dealt."""
+        self._members[worker.session] = _Member(worker)
+
+    def left(self, worker: Worker) -> None:
+        """What it was lent goes back; what it has pushed counts."""
+        self._members.pop(worker.session, None)
+        for step in self._open:
+            step.awaited.discard(worker.session)
+            if (lease := step.waiting.pop(worker.session, None)) is not None:
+                self._pool.give_back(lease)
+
+    def pushed(self, push: Push) -> None:
+        """Take a push in, or refuse it if its step has closed."""
+        session, number = push.worker.session, push.note.leases[0]
+        member = self._members.get(session)
+        if member is None:
+            return
+        member.computing.discard(number)
+        step = next((step for step in self._open if step.waiting.get(session) == number), None)
+        if step is None:
+            self.refused += 1
+            self._port.answer(push.worker, push.number, Answer(status="refused", version=self._version))
+            return
+        del step.waiting[session]
+        step.pushes[session] = push
+        step.first_push_at = step.first_push_at or time.monotonic()
+        member.is_behind = False
+        lease = self._pool.commit(number)
+        assert lease is not None, "a lease that is out belongs to one open step"
+        self._commits.append(Commit(step.number, push.worker, lease))
+
+    def take_commits(self) -> list[Commit]:
+        """What has been taken in since the last call."""
+        commits, self._commits = self._commits, []
+        return commits
+
+    # ---- what follows from it
+
+    def advance(self) -> Iterator[Update]:
+        """Deal and close what can be; gives each update when it is made. With `hold` set nothing begins or closes."""
+        while not self.hold:
+            self._deal()
+            if not self._open or not self._may_close(self._open[0]):
+                return
+            yield self._close(self._open.popleft())
+
+    def deadline(self) -> float | None:
+        """When to call `advance` again though nothing happens (`time.monotonic()`); None: never."""
+        if self._timeout is None or not self._open or self._open[0].first_push_at is None:
+            return None
+        return self._open[0].first_push_at + self._timeout
+
+    def last_weights(self) -> tuple[int, list[Tensor]]:
+        """What all workers end with: version, flat."""
+        return self._version, self._newest_weights()
+
+    def is_settled(self) -> bool:
+        """With `hold` set: every step that was dealt has all the gradients that it will get."""
+        return all(self._may_close(step) or not (step.waiting or step.pushes) for step in self._open)
+
+    def is_finished(self) -> bool:
+        """No update is to come."""
+        is_all_dealt = self._next_step >= self._steps or self._pool.is_finished
+        return is_all_dealt and not self._open
+
+    def _deal(self) -> None:
+        """1 deal: open steps up to K ahead, each with a lease for every worker that is not busy with an old one."""
+        while self._open and not (self._open[-1].waiting or self._open[-1].pushes or self._open[-1].total):
+            self._open.pop()  # all that it was dealt to are gone
+            self._next_step -= 1
+        while len(self._open) <= self._staleness_bound and self._next_step < self._steps:
+            everyone = sorted(self._members.values(), key=lambda member: member.worker.rank)
+            ready = [member for member in everyone if not (member.is_behind and member.computing)]
+            shares = [self._share(member) for member in ready]
+            if not ready or sum(shares) <= 0:
+                return
+            limit = None
+            if len(ready) < len(everyone):
+                part = sum(shares) / sum(self._share(member) for member in everyone)
+                limit = max(1, round(part * self._pool.global_batch))
+            leases = self._pool.deal(shares, limit)
+            if not leases:
+                return
+            planned = self._count_planned([part for lease in leases for part in lease.ranges])
+            step = _Gathering(self._next_step, planned)
+            for member, lease in zip(ready, leases, strict=True):
+                if lease.samples:
+                    self._lend(member, lease, step)
+                else:
+                    self._pool.commit(lease.number)
+            self._open.append(step)
+            self._next_step += 1
+
+    def _share(self, member: _Member) -> float:
+        return self._shares[member.worker.rank - 1]
+
+    def _lend(self, member: _Member, lease: Lease, step: _Gathering) -> None:
+        session = member.worker.session
+        step.waiting[session] = lease.number
+        if not member.is_behind:
+            step.awaited.add(session)
+        member.computing.add(lease.number)
+        weights = None
+        if member.until_weights == 0:
+            weights, member.until_weights = self._newest_weights(), self._interval
+        member.until_weights -= 1
+        self._port.lend(
+            member.worker, lease, step=step.number, planned=step.planned, version=self._version, weights=weights
+        )
+
+    def _newest_weights(self) -> list[Tensor]:
+        if self._weights is None or self._weights[0] != self._version:
+            self._weights = (self._version, flat_weights(self._params, self._port.layout))
+        return self._weights[1]
+
+    def _may_close(self, step: _Gathering) -> bool:
+        """2 gather: all are here, or all that are awaited, or the time is over."""
+        if step.total is not None:
+            return True
+        if not step.pushes:
+            return False
+        if not step.waiting or (step.awaited and not step.awaited & step.waiting.keys()):
+            return True
+        assert step.first_push_at is not None
+        return self._timeout is not None and time.monotonic() >= step.first_push_at + self._timeout
+
+    def _close(self, step: _Gathering) -> Update:
+        """3 average, clip, step: on the sum of what has come, corrected by how much that is."""
+        for session, number in step.waiting.items():
+            self._pool.give_back(number)
+            self._members[session].is_behind = True
+        total = self._sum(step)
+        loss = total.loss_sum / max(total.count, 1)
+        install_gradients(self._params, total.gradients, self._port.layout, total.missing)
+        correction = 1.0 / (total.scale * max(total.count, 1))
+        grad_norm = clip_gradients(self._params, self._grad_clip_norm, correction)
+        if self._lr_schedule is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._lr_schedule(step.number)
+        lr = float(self._optimizer.param_groups[0]["lr"])
+        is_applied = total.count > 0 and is_applicable(
+            step.number, loss, grad_norm, lr, skip_nonfinite=self._skip_nonfinite
+        )
+        if is_applied:
+            self._optimizer.step()
+        stalenesses = [self._version - base for push in step.pushes.values() for base in push.note.bases]
+        self._version += 1
+
+        # 4 answer
+        result = StepResult(step.number, loss, total.count, total.samples, grad_norm, lr, is_applied)
+        for push in step.pushes.values():
+            self._port.answer(push.worker, push.number, _as_answer(result, self._version))
+        return Update(result, stalenesses)
+
+    def _sum(self, step: _Gathering) -> _Sum:
+        """The pushes of a step added up in the order of ranks: the same bits, whoever was faster."""
+        if step.total is not None:
+            return step.total
+        pushes = sorted(step.pushes.values(), key=lambda push: push.worker.rank)
+        first, *others = pushes
+        scale = first.note.scale
+        for push in others:
+            for flat, other in zip(first.gradients, push.gradients, strict=True):
+                flat.add_(other, alpha=scale / push.note.scale)
+        missing = set(first.note.missing).intersection(*(push.note.missing for push in others))
+        losses = [math.nan if push.note.loss_sum is None else push.note.loss_sum for push in pushes]
+        step.total = _Sum(
+            first.gradients,
+            sum(losses),
+            sum(push.note.count for push in pushes),
+            sum(push.note.samples for push in pushes),
+            scale,
+            sorted(missing),
+        )
+        return step.total
+
+    # ---- evaluation and state
+
+    def eval_step(self, batch: Batch) -> EvalSums:
+        """Loss sum, target count and correct predictions of one batch with the server's weights; changes nothing."""
+        return evaluate_batch(self.model, batch, self._precision, self._device)
+
+    def state(self) -> dict[str, Shard]:
+        """Weights, optimizer, and the gathered gradients of steps that are not applied. Only while it is settled."""
+        waiting = [self._as_pending(step) for step in self._open if step.pushes or step.total is not None]
+        shards = model_state(self.model) | optimizer_state(self._optimizer, self._named)
+        return shards | pending_state(waiting, list(self._named))
+
+    def load_state(self, reader: StateReader) -> None:
+        """Go on from a checkpoint; before any worker has joined."""
+        load_model_state(self.model, reader)
+        load_optimizer_state(self._optimizer, self._named, reader)
+        pending = read_pending(reader, self._params, list(self._named))
+        for item in pending:
+            missing = [number for number, grad in enumerate(item.grads) if grad is None]
+            flats = self._port.layout.flatten(item.grads)
+            total = _Sum(flats, item.loss_sum, item.count, item.samples, 1.0 / item.planned, missing)
+            self._open.append(_Gathering(item.step, item.planned, total=total))
+        self._version = reader.step
+        self._next_step = reader.step + len(pending)
+
+    def _as_pending(self, step: _Gathering) -> PendingGradient:
+        total = self._sum(step)
+        grads: list[Tensor | None] = [*self._port.layout.parts(total.gradients)]
+        for number in total.missing:
+            grads[number] = None
+        return PendingGradient(
+            step.number, total.loss_sum, total.count, total.samples, 0, round(1.0 / total.scale), 1.0, grads
+        )
+
+
+def unscale(flats: Sequence[Tensor], scaler: LossScaler) -> None:
+    """Divide gradients by fp16's loss scale, in place, and let the scaler learn whether it was too large."""
+    finite = True
+    for flat in flats:
+        flat.mul_(1.0 / scaler.scale)
+        finite = finite and bool(torch.isfinite(flat).all())
+    scaler.update(finite, scaler.scale)
+
+
+def _as_answer(result: StepResult, version: int) -> Answer:
+    return Answer(
+        status="applied",
+        step=result.step,
+        loss=result.loss if math.isfinite(result.loss) else None,
+        count=result.count,
+        samples=result.samples,
+        grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
+        lr=result.lr,
+        is_skipped=not result.applied,
+        version=version,
+    )
+
+
+def _as_result(answer: Answer) -> StepResult | None:
+    if answer.status != "applied":
+        return None
+    loss = math.nan if answer.loss is None else answer.loss
+    grad_norm = math.inf if answer.grad_norm is None else answer.grad_norm
+    return StepResult(answer.step, loss, answer.count, answer.samples, grad_norm, answer.lr, not answer.is_skipped)

@@ -1,0 +1,459 @@
+"""What a parameter server does all day, whatever the algorithm: a rule decides, this counts, writes and evaluates.
+
+One thread works off the port's events. A rule (syncps.py, edp.py) takes each in and says which updates follow; between
+two updates the ledger is written, and a checkpoint or an evaluation made where one is due.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from smolcluster.checkpoint.ledger import Ledger
+from smolcluster.checkpoint.state import Shard, StateReader
+from smolcluster.collectives.param_server import Joined, Left, Push, Reported, ServerPort, Worker
+from smolcluster.data.batch import Batch
+from smolcluster.data.leases import Lease
+from smolcluster.errors import PeerLost, SmolError
+from smolcluster.kinds import JsonObject
+from smolcluster.training.role import RunContext
+from smolcluster.training.step import EvalSums, StepResult
+from smolcluster.training.trainer import Progress, TrainResult, evaluation_numbers, json_number, stop_on_interrupt
+
+logger = logging.getLogger(__name__)
+
+# Nobody knows who still comes: a run begins with those who are here, so many patiences after enough of them are.
+START_PATIENCES = 6
+# With fewer workers than it needs, a run waits so many patiences for one to come (back) before it gives up.
+RETURN_PATIENCES = 6
+# The last word of the workers is waited for so many patiences.
+REPORT_PATIENCES = 1
+# Seconds between looks whether somebody wants the run to stop.
+SLICE = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Samples that count from now on, in which update, and whose work they are."""
+
+    step: int
+    worker: Worker
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A step of the server's optimizer.
+
+    Attributes:
+        result: what it gave.
+        stalenesses: of each gradient in it: versions between the weights that it was computed on and its application.
+        log: what repeats it, for the application log; None: nothing is logged.
+    """
+
+    result: StepResult
+    stalenesses: Sequence[int] = ()
+    log: JsonObject | None = None
+
+
+class Rule(Protocol):
+    """What an algorithm does with pushes; all on the server's thread.
+
+    Attributes:
+        model: holds the weights.
+        refused: pushes refused so far.
+        hold: set while a checkpoint is due: nothing is dealt, nothing applied.
+    """
+
+    model: nn.Module
+    refused: int
+    hold: bool
+
+    def joined(self, worker: Worker) -> None:
+        """A worker is here."""
+        ...
+
+    def left(self, worker: Worker) -> None:
+        """It is gone; what it was lent goes back."""
+        ...
+
+    def pushed(self, push: Push) -> None:
+        """A gradient is here."""
+        ...
+
+    def advance(self) -> Iterator[Update]:
+        """Do what can be done now; each update is given right after it was made, and before what follows from it."""
+        ...
+
+    def take_commits(self) -> list[Commit]:
+        """What counts since the last call."""
+        ...
+
+    def deadline(self) -> float | None:
+        """When to call `advance` though nothing happens (`time.monotonic()`); None: never."""
+        ...
+
+    def last_weights(self) -> tuple[int, list[Tensor]]:
+        """The weights of now, for workers to end with: their version, flat on the CPU."""
+        ...
+
+    def is_settled(self) -> bool:
+        """With `hold` set: its state can be saved."""
+        ...
+
+    def is_finished(self) -> bool:
+        """No update is to come."""
+        ...
+
+    def eval_step(self, batch: Batch) -> EvalSums:
+        """See Strategy."""
+        ...
+
+    def state(self) -> Mapping[str, Shard]:
+        """All that the next update depends on. Shares memory with the rule: store it before the next update."""
+        ...
+
+    def load_state(self, reader: StateReader) -> None:
+        """Go on from a checkpoint, before anybody joins."""
+        ...
+
+
+@dataclass(slots=True)
+class Crew:
+    """Who took part.
+
+    Attributes:
+        ranks: ranks that have been here.
+        joined: ranks that came when the run had begun, perhaps for the second time; each once.
+        lost: ranks that were lost and have not come back.
+        reports: what the workers said of themselves at the end, by rank.
+    """
+
+    ranks: set[int] = field(default_factory=set)
+    joined: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    reports: dict[int, JsonObject] = field(default_factory=dict)
+
+
+class ServerRole:
+    """Serves workers until the run is over. See training/role.py."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        port: ServerPort,
+        *,
+        workers: int,
+        min_workers: int,
+        patience: float,
+        planned_steps: int,
+        ledger: Ledger | None = None,
+        applications: Ledger | None = None,
+        eval_batches: Callable[[], Iterable[Batch]] | None = None,
+        eval_steps: int | None = None,
+        checkpoint: Callable[[Progress], None] | None = None,
+        checkpoint_steps: int | None = None,
+        start: Progress | None = None,
+        note: Callable[[str], None] | None = None,
+        ended: Callable[[], SmolError | None] | None = None,
+        rank_samples: list[int] | None = None,
+    ) -> None:
+        """Say what to do; `run` does it.
+
+        Args:
+            rule: the algorithm.
+            port: to the workers; a reception lets them in meanwhile.
+            workers: how many are expected at the start.
+            min_workers: with fewer the run does not go on.
+            patience: `cluster.patience`, in seconds.
+            planned_steps: updates that the run will about have, for those who watch it.
+            ledger: where commits go.
+            applications: where updates are logged that can be replayed.
+            eval_batches: called for each evaluation: the whole validation split.
+            eval_steps: evaluate after every so many updates, and at the end; None: only at the end.
+            checkpoint: writes one; called between two updates.
+            checkpoint_steps: call it after every so many updates, and at the end; None: only at the end.
+            start: how far the rule's state is.
+            note: shows the user a line.
+            ended: asked now and then what has ended the run from outside; None: nothing.
+            rank_samples: samples that count, by rank; counted on here.
+        """
+        self._ended = ended or (lambda: None)
+        self._rank_samples = rank_samples
+        self.crew = Crew()
+        self._rule = rule
+        self._port = port
+        self._workers = workers
+        self._min_workers = min_workers
+        self._patience = patience
+        self._planned_steps = planned_steps
+        self._ledger = ledger
+        self._applications = applications
+        self._eval_batches = eval_batches
+        self._eval_steps = eval_steps
+        self._checkpoint = checkpoint
+        self._checkpoint_steps = checkpoint_steps
+        self._note = note or (lambda _text: None)
+        start = start or Progress()
+        self._steps = start.steps
+        self._samples = start.samples
+        self._tokens = start.tokens
+        self._train_s = start.train_s
+        self._train_loss = start.train_loss
+        self._start = start
+        self._eval: EvalSums | None = None
+        self._evaluated_at = -1
+        self._saved_at = start.steps
+        self._began = 0.0
+        self._lap = 0.0
+        self._too_few_since: float | None = None
+        self._has_begun = False
+        self._is_over = False
+
+    def run(self, context: RunContext) -> TrainResult:
+        """Serve to the end, or until somebody asks to stop. Blocks.
+
+        Raises:
+            TrainingStopped: the loss is not finite.
+            PeerLost: too few workers are left.
+        """
+        self._context = context
+        with stop_on_interrupt(context.stop):
+            try:
+                return self._serve()
+            except SmolError as error:
+                self._port.end(str(error))
+                raise
+
+    def _serve(self) -> TrainResult:
+        self._await_workers()
+        self._has_begun = True
+        self._began = time.monotonic() - self._start.wall_s
+        self._lap = time.monotonic()
+        stopped = False
+        while not self._rule.is_finished():
+            for update in self._rule.advance():
+                self._after_update(update)
+                if self._context.stop.is_set() and not self._rule.is_finished():
+                    stopped = True
+                    break
+            if stopped or self._context.stop.is_set():
+                stopped = not self._rule.is_finished()
+                break
+            if not self._rule.is_finished():
+                self._handle_next(self._rule.deadline())
+        self._conclude(stopped)
+        return self._result(stopped)
+
+    def _await_workers(self) -> None:
+        """Until all are here, or enough of them for a while."""
+        enough_since: float | None = None
+        while len(self._port.workers()) < self._workers and not self._context.stop.is_set():
+            now = time.monotonic()
+            if len(self._port.workers()) >= self._min_workers:
+                enough_since = enough_since or now
+                if now - enough_since > START_PATIENCES * self._patience:
+                    break
+            self._handle_next(now + SLICE, is_start=True)
+
+    def _handle_next(self, deadline: float | None, *, is_start: bool = False) -> None:
+        """Wait for one event, or until `deadline`, and take in all that are there."""
+        if (error := self._ended()) is not None:
+            raise error
+        now = time.monotonic()
+        until = now + SLICE if deadline is None else min(deadline, now + SLICE)
+        event = self._port.next_event(max(0.0, until - now))
+        while event is not None:
+            if isinstance(event, Joined):
+                self._joined(event.worker)
+            elif isinstance(event, Left):
+                self._left(event)
+            elif isinstance(event, Push):
+                self._rule.pushed(event)
+                self._write_commits()
+            elif isinstance(event, Reported):
+                self.crew.reports[event.worker.rank] = event.report
+            event = self._port.next_event(0.0)
+        if not is_start:
+            self._check_number()
+
+    def _joined(self, worker: Worker) -> None:
+        crew = self.crew
+        if worker.rank in crew.lost:
+            crew.lost.remove(worker.rank)
+        if self._has_begun and worker.rank not in crew.joined:
+            crew.joined.append(worker.rank)
+        if self._has_begun:
+            back = "is back" if worker.rank in crew.ranks else "has joined"
+            self._note(f"{worker.name} (rank {worker.rank}) {back}: {len(self._port.workers())} workers")
+        crew.ranks.add(worker.rank)
+        self._rule.joined(worker)
+
+    def _left(self, event: Left) -> None:
+        worker = event.worker
+        self._rule.left(worker)
+        self._port.forget(worker)
+        logger.warning("worker left rank=%d session=%d reason=%s", worker.rank, worker.session, event.error)
+        if self._is_over or worker.rank in self.crew.lost:
+            return
+        if all(other.rank != worker.rank for other in self._port.workers()):
+            self.crew.lost.append(worker.rank)
+            why = "has left" if event.error is None else "is lost"
+            self._note(f"{worker.name} (rank {worker.rank}) {why}; {len(self._port.workers())} workers go on")
+
+    def _check_number(self) -> None:
+        """Give up when there were too few workers for too long."""
+        here = len(self._port.workers())
+        if here >= self._min_workers:
+            self._too_few_since = None
+            return
+        now = time.monotonic()
+        self._too_few_since = self._too_few_since or now
+        limit = RETURN_PATIENCES * self._patience
+        if now - self._too_few_since > limit:
+            lost = self.crew.lost[-1] if self.crew.lost else -1
+            self._save(is_due=True)
+            raise PeerLost(
+                f"rank{'s' if len(self.crew.lost) != 1 else ''} {', '.join(map(str, sorted(self.crew.lost)))} "
+                f"{'are' if len(self.crew.lost) != 1 else 'is'} lost: {here} workers are here, the run needs "
+                f"{self._min_workers} (cluster.min_ranks is {self._min_workers + 1}), and none came back within "
+                f"{limit:g} s. Start them again and go on with --resume latest",
+                lost,
+            )
+
+    def _after_update(self, update: Update) -> None:
+        result = update.result
+        self._write_commits()
+        if update.log is not None and self._applications is not None:
+            self._applications.append([update.log])
+        self._steps += 1
+        self._samples += result.samples
+        self._tokens += result.count
+        self._train_loss = json_number(result.loss)
+        now = time.monotonic()
+        step_s, self._lap = now - self._lap, now
+        self._train_s += step_s
+        row: JsonObject = {
+            "time": 0.0,
+            "rank": 0,
+            "step": result.step,
+            "train/loss": json_number(result.loss),
+            "train/grad_norm": json_number(result.grad_norm),
+            "train/lr": result.lr,
+            "train/samples": result.samples,
+            "train/tokens_per_s": result.count / max(step_s, 1e-9),
+            "time/step_s": step_s,
+            "push/refused": self._rule.refused,
+        }
+        if update.stalenesses:
+            row["staleness/mean"] = sum(update.stalenesses) / len(update.stalenesses)
+            row["staleness/max"] = max(update.stalenesses)
+        is_last = self._rule.is_finished()
+        if is_last or (self._eval_steps and self._steps % self._eval_steps == 0):
+            row |= self._evaluate()
+        self._write(row)
+        self._context.metrics.progress(self._steps, max(self._planned_steps, self._steps), row)
+        self._save(is_due=is_last or bool(self._checkpoint_steps and self._steps % self._checkpoint_steps == 0))
+        self._lap = time.monotonic()
+
+    def _write(self, row: JsonObject) -> None:
+        telemetry = self._port.telemetry
+        row |= {name: telemetry.increase(name) for name in ("link/sent_bytes", "link/recv_bytes")}
+        row["time"] = time.time()
+        self._context.metrics.write(row)
+
+    def _write_commits(self) -> None:
+        commits = self._rule.take_commits()
+        if self._rank_samples is not None:
+            for commit in commits:
+                self._rank_samples[commit.worker.rank] += commit.lease.samples
+        if self._ledger is not None and commits:
+            self._ledger.append([_as_line(commit) for commit in commits])
+
+    def _evaluate(self) -> JsonObject:
+        """The whole validation split, with the server's weights."""
+        if self._eval_batches is None:
+            return {}
+        sums = EvalSums(0.0, 0, 0, 0)
+        for batch in self._eval_batches():
+            sums = sums + self._rule.eval_step(batch)
+        self._eval, self._evaluated_at = sums, self._steps
+        loss, accuracy, perplexity = evaluation_numbers(sums)
+        return {"val/loss": loss, "val/accuracy": accuracy, "val/perplexity": perplexity}
+
+    def _save(self, *, is_due: bool) -> None:
+        """Write a checkpoint, once every gradient of what was dealt is here: it holds those that are not applied."""
+        if not is_due or self._checkpoint is None or self._saved_at == self._steps or self._rule.hold:
+            return
+        self._rule.hold = True
+        while not self._rule.is_settled():
+            self._handle_next(self._rule.deadline())
+        self._saved_at = self._steps
+        for log in (self._ledger, self._applications):
+            if log is not None:
+                log.sync()
+        self._checkpoint(
+            Progress(
+                steps=self._steps,
+                computed=self._steps,
+                samples=self._samples,
+                tokens=self._tokens,
+                wall_s=time.monotonic() - self._began,
+                train_s=self._train_s,
+                train_loss=self._train_loss,
+            )
+        )
+        self._rule.hold = False
+
+    def _conclude(self, stopped: bool) -> None:
+        if not stopped and self._steps and self._evaluated_at != self._steps and self._eval_batches is not None:
+            row: JsonObject = {"time": 0.0, "rank": 0, "step": self._steps - 1}  # a resumed run that was at its end
+            self._write(row | self._evaluate())
+        if self._steps:
+            self._save(is_due=True)
+        for log in (self._ledger, self._applications):
+            if log is not None:
+                log.sync()
+        self._is_over = True
+        version, weights = self._rule.last_weights()
+        self._port.end(None, version, weights)
+        deadline = time.monotonic() + REPORT_PATIENCES * self._patience
+        while time.monotonic() < deadline:
+            waited_for = {worker.rank for worker in self._port.workers()} - self.crew.reports.keys()
+            if not waited_for:
+                break
+            self._handle_next(deadline, is_start=True)
+
+    def _result(self, stopped: bool) -> TrainResult:
+        loss, accuracy, perplexity = evaluation_numbers(self._eval)
+        return TrainResult(
+            steps=self._steps,
+            samples=self._samples,
+            rank_samples=0,
+            tokens=self._tokens,
+            wall_s=time.monotonic() - self._began,
+            train_s=self._train_s,
+            train_loss=self._train_loss,
+            val_loss=loss,
+            val_accuracy=accuracy,
+            val_perplexity=perplexity if perplexity is not None and math.isfinite(perplexity) else None,
+            stopped=stopped,
+        )
+
+
+def _as_line(commit: Commit) -> JsonObject:
+    """A line of the ledger."""
+    return {
+        "step": commit.step,
+        "lease": commit.lease.number,
+        "rank": commit.worker.rank,
+        "session": commit.worker.session,
+        "ranges": [list(part) for part in commit.lease.ranges],
+        "samples": commit.lease.samples,
+    }

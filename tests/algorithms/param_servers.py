@@ -1,0 +1,257 @@
+"""A parameter server and its workers as threads of one process, for the tests of syncps and edp."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.equality import Case, Outcome
+from smolcluster.algorithms.syncps import SyncPsServer, SyncPsWorker
+from smolcluster.checkpoint.ledger import LEDGER, Ledger
+from smolcluster.cluster.sessions import Newcomer, Reception, SessionWorld, join_session
+from smolcluster.collectives.codec import codec_for
+from smolcluster.collectives.param_server import FlatLayout, ServerPort, WorkerPort
+from smolcluster.data.batch import NO_TARGET, Batch
+from smolcluster.data.leases import Range, SamplePool, range_indices
+from smolcluster.data.sampler import Sampler
+from smolcluster.kinds import JsonObject
+from smolcluster.training.leased import LeasedBatches
+from smolcluster.training.optim import optimizer_factory
+from smolcluster.training.role import RunContext, TrainerRole
+from smolcluster.training.schedule import lr_schedule
+from smolcluster.training.server import ServerRole
+from smolcluster.training.trainer import Trainer, TrainResult
+from smolcluster.transport.inproc import InprocNetwork
+
+PATIENCE = 3.0
+NEVER = 1 << 40
+
+
+class CaseData:
+    """The samples of a Case, as a Dataset."""
+
+    name = "case"
+    vocab_size = None
+    num_classes = None
+
+    def __init__(self, case: Case) -> None:
+        self._inputs, self._targets = case.samples()
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._inputs[indices], self._targets[indices]
+
+    def targets_per_sample(self, indices: Tensor) -> int:
+        return int((self._targets[indices] != NO_TARGET).sum())
+
+
+class Rows:
+    """A sink that keeps the rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[JsonObject] = []
+
+    def write(self, row: JsonObject) -> None:
+        self.rows.append(row)
+
+    def progress(self, done: int, total: int, row: JsonObject) -> None:
+        pass
+
+
+@dataclass
+class Setting:
+    """How a run over a parameter server differs from the plain one.
+
+    Attributes:
+        workers: how many.
+        epochs: passes over the data; None: the case's steps decide.
+        server: options for the rule.
+        worker: options for the workers' strategy.
+        compression: of pushes and pulls.
+        seconds_per_step: worker rank → how long it takes longer.
+        folder: where the ledger goes.
+        expected: workers to wait for before the first step.
+        min_workers: fewest to go on with.
+    """
+
+    workers: int = 2
+    epochs: int | None = None
+    server: dict[str, Any] = field(default_factory=dict)
+    worker: dict[str, Any] = field(default_factory=dict)
+    compression: str = "none"
+    seconds_per_step: dict[int, float] = field(default_factory=dict)
+    folder: Path | None = None
+    expected: int | None = None
+    min_workers: int = 1
+
+
+class Slow:
+    """Batches that take a while."""
+
+    def __init__(self, batches: LeasedBatches, seconds: float) -> None:
+        self._batches = batches
+        self._seconds = seconds
+
+    def __iter__(self) -> Slow:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        batches = next(self._batches)
+        if self._seconds:
+            time.sleep(self._seconds)
+        return batches
+
+
+class ParamServerRun:
+    """One run; `start` begins it, `result` ends it. Workers can be added and taken away meanwhile."""
+
+    def __init__(self, case: Case, setting: Setting, load: Callable[[Any], None] | None = None) -> None:
+        self.case, self.setting = case, setting
+        self.network = InprocNetwork()
+        self.data = CaseData(case)
+        self.sampler = Sampler(case.length, case.global_batch, seed=3)
+        self.model = case.build(0)
+        self.layout = self._layout(self.model)
+        self.names = ["server", *(f"worker{rank}" for rank in range(1, 10))]
+        self.generations: list[tuple[int, list[int]]] = []
+        self.port = ServerPort(
+            self.names, self.layout, patience=PATIENCE, codec=codec_for(setting.compression),
+            record=lambda number, workers: self.generations.append((number, [w.rank for w in workers])),
+        )  # fmt: skip
+        self.pool = SamplePool(self.sampler, setting.epochs)
+        self.rule = self.make_rule()
+        if load is not None:
+            load(self)
+        self.listener = self.network.listen("server", 0)
+        self.reception = Reception(
+            [self.listener], name="server", patience=PATIENCE, options={"seed": "3"}, grant=self.port.grant,
+            begin=self.port.begin,
+        )  # fmt: skip
+        self.rows = Rows()
+        self.notes: list[str] = []
+        self.ledger = None if setting.folder is None else Ledger(setting.folder / LEDGER)
+        self.role = ServerRole(
+            self.rule, self.port, workers=setting.expected or setting.workers, min_workers=setting.min_workers,
+            patience=PATIENCE, planned_steps=case.steps, ledger=self.ledger, note=self.notes.append,
+        )  # fmt: skip
+        self.stop = threading.Event()
+        self._result: TrainResult | BaseException | None = None
+        self.worker_ports: dict[int, WorkerPort] = {}
+        self.worker_models: dict[int, nn.Module] = {}
+        self.worker_rows: dict[int, Rows] = {}
+        self.worker_errors: dict[int, BaseException] = {}
+        self.worlds: dict[int, SessionWorld] = {}
+        self._threads: list[threading.Thread] = []
+        self._server = threading.Thread(target=self._serve, name="server")
+
+    def make_rule(self) -> Any:
+        case, setting = self.case, self.setting
+        options = dict(case.options)
+        steps = NEVER if setting.epochs is not None else case.steps
+        return SyncPsServer(
+            self.model, optimizer_factory("adamw", 3e-3, 0.1), self.port, self.pool,
+            steps=steps, count_planned=self.count_planned, shares=list(case.shares or [1.0] * 9),
+            precision=case.precision, lr_schedule=lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps),
+            **{**options, **setting.server},
+        )  # fmt: skip
+
+    def make_worker(self, model: nn.Module, port: WorkerPort) -> Any:
+        bound = self.case.options.get("staleness_bound", 0)
+        return SyncPsWorker(
+            model, port, staleness_bound=bound, precision=self.case.precision, **self.setting.worker
+        )
+
+    def count_planned(self, ranges: Sequence[Range]) -> int:
+        return self.data.targets_per_sample(range_indices(self.sampler, ranges))
+
+    def start(self) -> ParamServerRun:
+        self._server.start()
+        for rank in range(1, self.setting.workers + 1):
+            self.add_worker(rank)
+        return self
+
+    def add_worker(self, rank: int, instance: str | None = None) -> None:
+        thread = threading.Thread(target=self._work, args=(rank, instance or f"process{rank}"), name=f"worker{rank}")
+        self._threads.append(thread)
+        thread.start()
+
+    def result(self, timeout: float = 60.0) -> TrainResult:
+        self._server.join(timeout)
+        assert not self._server.is_alive(), "the server still serves"
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive(), f"{thread.name} still works"
+        self.reception.close()
+        self.port.close()
+        if self.ledger is not None:
+            self.ledger.close()
+        if isinstance(self._result, BaseException):
+            raise self._result
+        assert self._result is not None
+        return self._result
+
+    def outcome(self) -> Outcome:
+        results = [row for row in self.rows.rows if "train/loss" in row]
+        weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        return Outcome(results, weights)  # type: ignore[arg-type]
+
+    def _layout(self, model: nn.Module) -> FlatLayout:
+        if self.case.precision == "fp64":
+            model = model.double()
+        return FlatLayout([param for param in model.parameters() if param.requires_grad])
+
+    def _serve(self) -> None:
+        try:
+            self._result = self.role.run(RunContext(self.rows, None, self.stop))
+        except BaseException as error:  # noqa: BLE001 - top of the thread: raised by `result`
+            self._result = error
+
+    def _work(self, rank: int, instance: str) -> None:
+        model = self.case.build(rank)  # other weights than the server's, until it has sent some
+        layout = self._layout(model)
+        newcomer = Newcomer(rank, self.names[rank], instance, "")
+
+        def connect(ended: Any) -> SessionWorld:
+            return join_session(
+                newcomer, self.network, lambda: self.listener.address, run_id="", patience=PATIENCE,
+                timeout=20.0, options={"seed": "3"}, ended=ended,
+            )  # fmt: skip
+
+        port = WorkerPort(
+            rank, connect, layout, codec=codec_for(self.setting.compression),
+            began=lambda world: self.worlds.__setitem__(rank, world),
+        )  # fmt: skip
+        self.worker_ports[rank], self.worker_models[rank] = port, model
+        batches = LeasedBatches(port, self.data, self.sampler, self.case.micro_batches)  # type: ignore[arg-type]
+        slow = Slow(batches, self.setting.seconds_per_step.get(rank, 0.0))
+        trainer = Trainer(self.make_worker(model, port), slow, NEVER, endpoint=port)
+        rows = self.worker_rows[rank] = Rows()
+        try:
+            TrainerRole(trainer).run(RunContext(rows, None, threading.Event()))
+            port.report({"rank": rank})
+        except BaseException as error:  # noqa: BLE001 - top of the thread
+            self.worker_errors[rank] = error
+        finally:
+            port.close()
+
+
+def check_against(reference: Outcome, run: ParamServerRun, tolerance: float) -> None:
+    """Assert that a run gave the reference's losses and weights."""
+    rows = [row for row in run.rows.rows if "train/loss" in row]
+    assert [row["step"] for row in rows] == [result.step for result in reference.results]
+    for row, result in zip(rows, reference.results, strict=True):
+        assert abs(float(row["train/loss"]) - result.loss) <= tolerance, f"step {result.step}: {row} {result}"  # type: ignore[arg-type]
+        assert (row["train/samples"], row["train/lr"]) == (result.samples, result.lr), f"{row} {result}"
+    weights = {name: tensor.detach() for name, tensor in run.model.state_dict().items()}
+    for name, tensor in reference.weights.items():
+        difference = float((weights[name] - tensor).abs().max())
+        assert difference <= tolerance, f"{name} differs by {difference}"
