@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +15,22 @@ from torch import Tensor, nn
 
 from algorithms.equality import Case, Outcome
 from smolcluster.algorithms.syncps import SyncPsServer, SyncPsWorker
-from smolcluster.checkpoint.ledger import LEDGER, Ledger
+from smolcluster.checkpoint.ledger import LEDGER, Ledger, read_ledger
+from smolcluster.checkpoint.store import open_checkpoint, save_checkpoint
 from smolcluster.cluster.sessions import Newcomer, Reception, SessionWorld, join_session
 from smolcluster.collectives.codec import codec_for
 from smolcluster.collectives.param_server import FlatLayout, ServerPort, WorkerPort
 from smolcluster.data.batch import NO_TARGET, Batch
 from smolcluster.data.leases import Range, SamplePool, range_indices
 from smolcluster.data.sampler import Sampler
+from smolcluster.errors import PeerLost
 from smolcluster.kinds import JsonObject
 from smolcluster.training.leased import LeasedBatches
 from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.role import RunContext, TrainerRole
 from smolcluster.training.schedule import lr_schedule
 from smolcluster.training.server import ServerRole
-from smolcluster.training.trainer import Trainer, TrainResult
+from smolcluster.training.trainer import Progress, Trainer, TrainResult
 from smolcluster.transport.inproc import InprocNetwork
 
 PATIENCE = 3.0
@@ -95,27 +98,62 @@ class Setting:
 
 
 class Slow:
-    """Batches that take a while."""
+    """Batches that take a while.
 
-    def __init__(self, batches: LeasedBatches, seconds: float) -> None:
+    Args:
+        batches: the leases'.
+        seconds: for each.
+        delays: more seconds, for the first ones.
+        gate: nothing is given before it opens.
+        stop: ends them.
+    """
+
+    def __init__(
+        self,
+        batches: LeasedBatches,
+        seconds: float,
+        delays: list[float],
+        gate: threading.Event | None,
+        stop: threading.Event,
+    ) -> None:
         self._batches = batches
         self._seconds = seconds
+        self._delays = delays
+        self._gate = gate
+        self._stop = stop
+        self.given = 0
 
     def __iter__(self) -> Slow:
         return self
 
     def __next__(self) -> list[Batch]:
         batches = next(self._batches)
-        if self._seconds:
-            time.sleep(self._seconds)
+        if self._gate is not None:
+            assert self._gate.wait(30)
+        if self._stop.is_set():
+            raise StopIteration
+        time.sleep(self._seconds + (self._delays.pop(0) if self._delays else 0.0))
+        self.given += 1
         return batches
 
 
 class ParamServerRun:
     """One run; `start` begins it, `result` ends it. Workers can be added and taken away meanwhile."""
 
-    def __init__(self, case: Case, setting: Setting, load: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self,
+        case: Case,
+        setting: Setting,
+        *,
+        checkpoint: tuple[Path, int] | None = None,
+        resume: Path | None = None,
+    ) -> None:
+        """`checkpoint`: folder, and the number of updates after which one is written. `resume`: one to go on from."""
         self.case, self.setting = case, setting
+        self.delays: dict[int, list[float]] = {}
+        self.gates: dict[int, threading.Event] = {}
+        self.stops: dict[int, threading.Event] = {}
+        self.batches: dict[int, Slow] = {}
         self.network = InprocNetwork()
         self.data = CaseData(case)
         self.sampler = Sampler(case.length, case.global_batch, seed=3)
@@ -129,8 +167,12 @@ class ParamServerRun:
         )  # fmt: skip
         self.pool = SamplePool(self.sampler, setting.epochs)
         self.rule = self.make_rule()
-        if load is not None:
-            load(self)
+        start = None
+        if resume is not None:
+            stored = open_checkpoint(resume)
+            self.rule.load_state(stored)
+            self.pool.load_state(stored.meta["pool"])  # type: ignore[arg-type]
+            start = Progress(steps=stored.step, computed=stored.step)
         self.listener = self.network.listen("server", 0)
         self.reception = Reception(
             [self.listener], name="server", patience=PATIENCE, options={"seed": "3"}, grant=self.port.grant,
@@ -141,7 +183,9 @@ class ParamServerRun:
         self.ledger = None if setting.folder is None else Ledger(setting.folder / LEDGER)
         self.role = ServerRole(
             self.rule, self.port, workers=setting.expected or setting.workers, min_workers=setting.min_workers,
-            patience=PATIENCE, planned_steps=case.steps, ledger=self.ledger, note=self.notes.append,
+            patience=PATIENCE, planned_steps=case.steps, ledger=self.ledger, note=self.notes.append, start=start,
+            checkpoint=None if checkpoint is None else lambda progress: self._save(checkpoint[0], progress),
+            checkpoint_steps=None if checkpoint is None else checkpoint[1],
         )  # fmt: skip
         self.stop = threading.Event()
         self._result: TrainResult | BaseException | None = None
@@ -166,9 +210,7 @@ class ParamServerRun:
 
     def make_worker(self, model: nn.Module, port: WorkerPort) -> Any:
         bound = self.case.options.get("staleness_bound", 0)
-        return SyncPsWorker(
-            model, port, staleness_bound=bound, precision=self.case.precision, **self.setting.worker
-        )
+        return SyncPsWorker(model, port, staleness_bound=bound, precision=self.case.precision, **self.setting.worker)
 
     def count_planned(self, ranges: Sequence[Range]) -> int:
         return self.data.targets_per_sample(range_indices(self.sampler, ranges))
@@ -199,10 +241,30 @@ class ParamServerRun:
         assert self._result is not None
         return self._result
 
-    def outcome(self) -> Outcome:
-        results = [row for row in self.rows.rows if "train/loss" in row]
-        weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        return Outcome(results, weights)  # type: ignore[arg-type]
+    def wait_for_steps(self, count: int) -> None:
+        """Block until so many updates are made."""
+        wait_until(lambda: sum("train/loss" in row for row in self.rows.rows) >= count)
+
+    def wait_until_idle(self, rank: int) -> int:
+        """Block until a worker has been given nothing for a while; what it was given before."""
+        seen, since = -1, time.monotonic()
+        while time.monotonic() - since < 0.5:
+            given = self.batches[rank].given if rank in self.batches else 0
+            if given != seen:
+                seen, since = given, time.monotonic()
+            time.sleep(0.01)
+        return seen
+
+    def lose(self, rank: int) -> None:
+        """Break a worker's connections; both sides notice."""
+        self.worlds[rank].abort(PeerLost("the connection is cut", 0))
+
+    def stop_worker(self, rank: int) -> None:
+        """A worker says good-bye."""
+        self.stops[rank].set()
+
+    def _save(self, folder: Path, progress: Progress) -> None:
+        save_checkpoint(folder, progress.steps, self.rule.state(), {"pool": self.pool.state()})
 
     def _layout(self, model: nn.Module) -> FlatLayout:
         if self.case.precision == "fp64":
@@ -232,7 +294,9 @@ class ParamServerRun:
         )  # fmt: skip
         self.worker_ports[rank], self.worker_models[rank] = port, model
         batches = LeasedBatches(port, self.data, self.sampler, self.case.micro_batches)  # type: ignore[arg-type]
-        slow = Slow(batches, self.setting.seconds_per_step.get(rank, 0.0))
+        stop = self.stops[rank] = threading.Event()
+        seconds = self.setting.seconds_per_step.get(rank, 0.0)
+        slow = self.batches[rank] = Slow(batches, seconds, self.delays.get(rank, []), self.gates.get(rank), stop)
         trainer = Trainer(self.make_worker(model, port), slow, NEVER, endpoint=port)
         rows = self.worker_rows[rank] = Rows()
         try:
@@ -242,6 +306,24 @@ class ParamServerRun:
             self.worker_errors[rank] = error
         finally:
             port.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 30.0) -> None:
+    """Block until it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def audit(path: Path, length: int, epochs: int) -> None:
+    """Assert that the ledger has every sample of every epoch exactly once."""
+    seen: Counter[tuple[int, int]] = Counter()
+    for line in read_ledger(path):
+        places = [(epoch, place) for epoch, start, stop in line["ranges"] for place in range(start, stop)]  # type: ignore
+        assert len(places) == line["samples"]
+        seen.update(places)
+    assert seen == Counter((epoch, place) for epoch in range(epochs) for place in range(length))
 
 
 def check_against(reference: Outcome, run: ParamServerRun, tolerance: float) -> None:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import threading
+import time
+from pathlib import Path
 
-from algorithms.equality import Case, run_single
-from algorithms.param_servers import ParamServerRun, Setting, check_against
+import pytest
+import torch
+
+from algorithms.equality import Case, build_simple_nn, run_single
+from algorithms.param_servers import ParamServerRun, Setting, audit, check_against
+from smolcluster.checkpoint.ledger import LEDGER, read_ledger
+from smolcluster.collectives.param_server import FlatLayout
+from smolcluster.errors import PeerLost
+from smolcluster.training.flat import blend_weights
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -17,3 +26,152 @@ def test_strict_equals_single_with_the_same_k(workers: int, staleness_bound: int
     assert not run.worker_errors
     assert result.steps == case.steps
     check_against(run_single(case), run, 1e-11)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (4.0, 2.0, 1.0), (1.0, 0.0, 0.01)])
+def test_any_shares_give_the_same_numbers(shares: tuple[float, ...]) -> None:
+    case = Case(shares=shares, micro_batches=2, steps=20)
+    run = ParamServerRun(case, Setting(3)).start()
+    run.result()
+    check_against(run_single(case), run, 1e-11)
+
+
+def test_float32_equals_single(tmp_path: Path) -> None:
+    case = Case(precision="fp32", build=build_simple_nn, is_text=False)
+    run = ParamServerRun(case, Setting(3)).start()
+    run.result()
+    check_against(run_single(case), run, 5e-5)
+
+
+def test_all_workers_end_with_the_servers_weights() -> None:
+    run = ParamServerRun(Case(steps=3), Setting(2)).start()
+    run.result()
+    for model in run.worker_models.values():
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, run.model.state_dict()[name]), name
+
+
+def test_a_worker_that_joins_mid_run_begins_with_the_servers_weights(tmp_path: Path) -> None:
+    case = Case(steps=30)
+    run = ParamServerRun(case, Setting(2, seconds_per_step={1: 0.02}, folder=tmp_path)).start()
+    run.wait_for_steps(5)
+    run.add_worker(3)
+    run.result()
+    assert run.role.crew.joined == [3]
+    assert {line["rank"] for line in read_ledger(tmp_path / LEDGER)} == {1, 2, 3}
+    check_against(run_single(case), run, 1e-11)  # the samples of a step do not depend on who computes them
+
+
+def test_a_lost_workers_samples_are_dealt_again(tmp_path: Path) -> None:
+    case = Case()
+    run = ParamServerRun(case, Setting(3, epochs=3, seconds_per_step={1: 0.02, 2: 0.02}, folder=tmp_path)).start()
+    run.wait_for_steps(3)
+    run.lose(2)
+    run.result()
+    # It has come back by itself: only its connection was cut.
+    assert run.worker_ports[2].sessions == 2
+    audit(tmp_path / LEDGER, case.length, epochs=3)
+
+
+def test_a_late_push_is_refused_and_its_samples_are_dealt_again(tmp_path: Path) -> None:
+    case = Case()
+    setting = Setting(3, epochs=2, server={"timeout": 0.05}, seconds_per_step={1: 0.01, 2: 0.01, 3: 0.3}, folder=tmp_path)
+    run = ParamServerRun(case, setting).start()
+    result = run.result()
+    assert run.rule.refused > 0
+    assert result.samples == 2 * case.length
+    audit(tmp_path / LEDGER, case.length, epochs=2)
+
+
+def test_nobody_waits_for_a_worker_that_was_late_before() -> None:
+    case = Case(length=400, steps=40)
+    setting = Setting(3, server={"timeout": 0.2}, seconds_per_step={1: 0.01, 2: 0.01, 3: 1.0})
+    run = ParamServerRun(case, setting).start()
+    run.wait_for_steps(1)
+    began = time.monotonic()
+    run.result()
+    # One time limit at the beginning; if each step that the slow worker takes part in waited, there would be several.
+    assert time.monotonic() - began < 40 * 0.03 + 2 * 0.2 + 1.0
+
+
+def test_a_worker_that_is_in_time_again_is_awaited_again() -> None:
+    """Its first push is late, then it is as fast as the others: from then on steps have its samples."""
+    case = Case(length=400, steps=30)
+    setting = Setting(2, server={"timeout": 0.1}, seconds_per_step={1: 0.02})
+    run = ParamServerRun(case, setting)
+    run.delays = {2: [0.5]}
+    run.start()
+    run.result()
+    assert run.rule.refused == 1
+    last = [row["train/samples"] for row in run.rows.rows if "train/loss" in row][-5:]
+    assert last == [10] * 5
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2])
+def test_k_gates(bound: int) -> None:
+    """A worker K ahead of the slowest computes; one K + 1 ahead is held."""
+    case = Case(steps=12, options={"staleness_bound": bound})
+    run = ParamServerRun(case, Setting(2))
+    gate = threading.Event()
+    run.gates = {2: gate}  # worker 2 finishes nothing before it opens
+    run.start()
+    finished = run.wait_until_idle(1)
+    gate.set()
+    run.result()
+    assert finished == bound + 1
+    check_against(run_single(case), run, 1e-11)
+
+
+def test_polyaks_blend_keeps_a_part_of_the_workers_weights() -> None:
+    model = build_simple_nn(0)
+    params = list(model.parameters())
+    layout = FlatLayout(params)
+    before = [param.detach().clone() for param in params]
+    server = [torch.full_like(flat, 2.0) for flat in layout.empty()]
+    blend_weights(params, server, layout, alpha=0.25)
+    for param, old in zip(params, before, strict=True):
+        assert torch.allclose(param, 0.75 * 2.0 + 0.25 * old)
+
+
+def test_weights_come_every_interval_steps() -> None:
+    run = ParamServerRun(Case(steps=12), Setting(2, server={"worker_update_interval": 4})).start()
+    run.result()
+    # Of every four steps one is computed on weights of the same version, the others on older ones.
+    staleness = [row["staleness/max"] for row in run.rows.rows if "train/loss" in row]
+    assert staleness == [0, 1, 2, 3] * 3
+
+
+@pytest.mark.parametrize("compression", ["bf16", "int8"])
+def test_compressed_pushes_and_pulls_train_nearly_as_well(compression: str) -> None:
+    case = Case(precision="fp32", length=60, global_batch=20, steps=60)
+    plain = run_single(case).results[-1].loss
+    run = ParamServerRun(case, Setting(2, compression=compression)).start()
+    run.result()
+    loss = [row["train/loss"] for row in run.rows.rows if "train/loss" in row][-1]
+    assert abs(loss - plain) < 0.01 * plain
+
+
+def test_too_few_workers_end_the_run_with_a_reason() -> None:
+    case = Case(steps=1000)
+    run = ParamServerRun(case, Setting(2, min_workers=2, seconds_per_step={1: 0.02, 2: 0.02}))
+    run.role._patience = 0.05
+    run.start()
+    run.wait_for_steps(3)
+    run.stop_worker(2)
+    with pytest.raises(PeerLost, match="1 workers are here, the run needs 2"):
+        run.result()
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(bound: int, tmp_path: Path) -> None:
+    case = Case(options={"staleness_bound": bound})
+    whole = ParamServerRun(case, Setting(2)).start()
+    whole.result()
+    first = ParamServerRun(case, Setting(2), checkpoint=(tmp_path, 20)).start()
+    first.result()
+    second = ParamServerRun(case, Setting(2), resume=tmp_path / "step_00000020").start()
+    second.result()
+    rows = [row["train/loss"] for row in whole.rows.rows]
+    assert [row["train/loss"] for row in second.rows.rows] == rows[20:]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name

@@ -71,7 +71,7 @@ def test_what_a_user_can_mend_exits_2_on_one_or_two_lines(
 @pytest.mark.parametrize(
     "option",
     [
-        ["--respawn"], ["--replay", "runs/x"], ["--tui"], ["--dashboard"],
+        ["--replay", "runs/x"], ["--tui"], ["--dashboard"],
         ["--metrics-port", "9090"],
     ],
 )  # fmt: skip
@@ -81,6 +81,11 @@ def test_options_of_later_releases_say_so(
 ) -> None:
     assert run(*command, *option) == 2
     assert capsys.readouterr().err == f"error: {option[0]} comes in a later release. Leave it out\n"
+
+
+def test_respawn_is_of_local_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--respawn") == 2
+    assert "give --local N with it" in capsys.readouterr().err
 
 
 def test_a_cluster_file_without_a_name_is_told_how_to_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

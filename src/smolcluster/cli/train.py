@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from smolcluster.run.resume import ResumePoint
 
 Algorithm: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="NAME", help="How the work is spread: single, classicdp.")
+    str | None, typer.Option(metavar="NAME", help="How the work is spread: single, classicdp, syncps.")
 ]
 Preset: TypeAlias = Annotated[str | None, typer.Option(metavar="NAME", help="Start from this preset.")]
 ConfigFiles: TypeAlias = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="YAML file; later ones win.")]
@@ -52,7 +52,7 @@ Trace: TypeAlias = Annotated[
 ]
 # Accepted so that a script written for a later release is told so, instead of "no such option".
 LATER = "Comes in a later release."
-Respawn: TypeAlias = Annotated[bool, typer.Option("--respawn", help=LATER)]
+Respawn: TypeAlias = Annotated[bool, typer.Option("--respawn", help="With --local: start ranks that die again.")]
 Replay: TypeAlias = Annotated[str | None, typer.Option(metavar="RUN", help=LATER)]
 Tui: TypeAlias = Annotated[bool, typer.Option("--tui", help=LATER)]
 Dashboard: TypeAlias = Annotated[bool, typer.Option("--dashboard", help=LATER)]
@@ -84,7 +84,9 @@ def train(
 
     With a cluster file start one `smolcluster node` on each machine instead.
     """
-    refuse_later(respawn=respawn, replay=replay, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
+    refuse_later(replay=replay, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
+    if respawn and local is None:
+        raise ConfigError("--respawn starts processes of this machine again: give --local N with it")
     from smolcluster.run.launcher import launch_from_environment
 
     launch = None if local is not None else launch_from_environment()
@@ -103,7 +105,7 @@ def train(
             chosen.say(f"warning: {too_large}")
         ran = run_local(
             resolved, local, folder, reporter(resolved, quiet), resume=point, skip_nonfinite=skip_nonfinite,
-            trace=trace,
+            trace=trace, respawn=respawn,
         )  # fmt: skip
     else:
         from smolcluster.run.node import NodeOptions, run_alone, run_launched

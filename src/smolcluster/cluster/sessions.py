@@ -42,6 +42,8 @@ SERVER, WORKER = 0, 1
 # tries again, at first after this many seconds, then less and less often.
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 2.0
+# One attempt to reach the server; then its address is asked for again.
+DIAL_TIMEOUT = 2.0
 # How long the server takes at most to answer a "join", in patiences.
 ANSWER_PATIENCES = 2
 
@@ -269,10 +271,16 @@ def join_session(
     reason = "it did not answer"
     while True:
         address = server_address()
+        left = wait_until(deadline)
         try:
-            link = network.dial_control(address, Hello(WORKER, CONTROL, run_id, SERVER), wait_until(deadline), ended)
+            hello = Hello(WORKER, CONTROL, run_id, SERVER)
+            link = network.dial_control(address, hello, min(left, DIAL_TIMEOUT), ended)
         except ConnectFailed as error:
-            raise RendezvousTimeout(f"worker {newcomer.name} waited for the server: {error}") from error
+            if left <= DIAL_TIMEOUT:
+                raise RendezvousTimeout(
+                    f"worker {newcomer.name} waited {timeout:g} s for the server: {error}"
+                ) from error
+            continue
         try:
             return _ask(link, newcomer, network, address, patience, options)
         except Wait as later:

@@ -770,6 +770,8 @@ class WorkerPort:
         if isinstance(weights, dict):
             self._expect_weights(session, weights)
         session.inbox.put(_Over(_text(message.get("reason")), isinstance(weights, dict)))
+        for ticket in list(session.tickets.values()):  # answers came before; who has none now gets none
+            ticket.finish(Answer(status="lost"))
 
     def _lease_came(self, session: _Session, message: JsonObject) -> None:
         """On the link's thread: post the receives of its weights before anything else, in the order of sending."""
@@ -822,9 +824,7 @@ class WorkerPort:
         if arriving.is_whole or session.has is None:
             session.has = arriving.flats
         else:
-            for has, change in zip(
-                session.has, decode_flats(arriving.flats, self._codec, self.layout), strict=True
-            ):
+            for has, change in zip(session.has, decode_flats(arriving.flats, self._codec, self.layout), strict=True):
                 has.add_(change)
         return session.has
 

@@ -197,9 +197,7 @@ class ServerParts:
     optimizers: Sequence[torch.optim.Optimizer]
 
 
-def assemble_server(
-    parts: Parts, port: ServerPort, *, global_batch: int, skip_nonfinite: bool = False
-) -> ServerParts:
+def assemble_server(parts: Parts, port: ServerPort, *, global_batch: int, skip_nonfinite: bool = False) -> ServerParts:
     """Make the server's side of the algorithm.
 
     Args:

@@ -148,6 +148,16 @@ class RunFolder:
             if not self._closed:
                 self._metrics.sync()
 
+    def rewind(self, step: int) -> None:
+        """Forget the rows of `step` and later ones: the run goes on from a checkpoint of `step` updates."""
+        with self._lock:
+            self._metrics.close()
+            keep_rows_before(self.path / METRICS, step)
+            self._curves, self._last, self._samples = LossCurves(), {}, 0
+            for row in read_rows(self.path / METRICS):
+                self._note_row(row)
+            self._metrics = MetricsFile(self.path / METRICS)
+
     def _note_row(self, row: JsonObject) -> None:
         self._curves.add(row)
         if row.get("rank") == 0:

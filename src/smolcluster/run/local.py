@@ -17,15 +17,15 @@ from typing import cast
 
 import smolcluster
 from smolcluster.config.schema import Config
-from smolcluster.errors import TrainingStopped
+from smolcluster.errors import CheckpointError, TrainingStopped
 from smolcluster.kinds import JsonObject
 from smolcluster.log import log_to_file
 from smolcluster.monitoring.reporters import Reporter
 from smolcluster.run.folder import Ran, RunFolder
 from smolcluster.run.rank import Bootstrap
-from smolcluster.run.resume import ResumePoint
-from smolcluster.run.supervisor import ChildSpec, Outcome, Supervisor
-from smolcluster.run.support import check_supported, rank_weights
+from smolcluster.run.resume import ResumePoint, find_resume_point
+from smolcluster.run.supervisor import EXIT_FAILED, ChildSpec, Elastic, Outcome, Supervisor
+from smolcluster.run.support import PARAMETER_SERVERS, check_supported, min_ranks, rank_weights
 from smolcluster.transport.security import new_token
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def run_local(
     resume: ResumePoint | None = None,
     skip_nonfinite: bool = False,
     trace: bool = False,
+    respawn: bool = False,
 ) -> Ran:
     """Train with `world_size` ranks on this machine; blocks. No process is left when it returns or raises.
 
@@ -51,6 +52,7 @@ def run_local(
         resume: the checkpoint to go on from; None: the run begins.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
         trace: write trace.json.
+        respawn: start ranks that die again: with a parameter server those alone, else all from the newest checkpoint.
 
     Raises:
         ConfigError: this release cannot do what the configuration asks for, or the folder is taken.
@@ -58,16 +60,41 @@ def run_local(
     check_supported(config, world_size)
     names = [f"rank{rank}" for rank in range(world_size)]
     rank_weights(config, names)
+    while True:
+        ran = _run_once(config, names, out, reporter, resume, skip_nonfinite, trace, respawn)
+        if ran.exit_code != EXIT_FAILED or not respawn or config.algorithm in PARAMETER_SERVERS:
+            return ran
+        reporter.note(f"{ran.error}")
+        before = None if resume is None else resume.step
+        try:
+            resume = find_resume_point(str(out), out, {})
+        except CheckpointError:
+            return ran
+        if resume.step == before:  # it got no further than the last time: it would not now either
+            return ran
+        reporter.note(f"starting all ranks again from {resume.checkpoint}")
+
+
+def _run_once(
+    config: Config,
+    names: Sequence[str],
+    out: Path,
+    reporter: Reporter,
+    resume: ResumePoint | None,
+    skip_nonfinite: bool,
+    trace: bool,
+    respawn: bool,
+) -> Ran:
     # A folder that a SIGKILL leaves behind, so only where torch.distributed needs a file to meet at.
-    meets_at_file = config.backend != "tcp" and world_size > 1
+    meets_at_file = config.backend != "tcp" and len(names) > 1
     scratch_folder = tempfile.TemporaryDirectory(prefix="smolcluster-") if meets_at_file else contextlib.nullcontext()
     with (
-        RunFolder(out, config, world_size, reporter, None if resume is None else resume.step) as folder,
+        RunFolder(out, config, len(names), reporter, None if resume is None else resume.step) as folder,
         scratch_folder as scratch,
     ):
         handler = log_to_file(folder.path / "logs" / "launcher.log")
         try:
-            return _LocalRun(config, names, folder, scratch, resume, skip_nonfinite, trace).run()
+            return _LocalRun(config, names, folder, scratch, resume, skip_nonfinite, trace, respawn).run()
         finally:
             logging.getLogger("smolcluster").removeHandler(handler)
             handler.close()
@@ -85,13 +112,14 @@ class _LocalRun:
         resume: ResumePoint | None,
         skip_nonfinite: bool,
         trace: bool,
+        respawn: bool,
     ) -> None:
         self._folder = folder
         self._result: JsonObject | None = None
+        self._leader: str | None = None
         token, run_id = new_token().hex(), os.urandom(8).hex()
-        specs = []
-        for rank in range(len(names)):
-            bootstrap = Bootstrap(
+        self._bootstraps = [
+            Bootstrap(
                 rank=rank,
                 names=list(names),
                 config=config,
@@ -104,22 +132,42 @@ class _LocalRun:
                 skip_nonfinite=skip_nonfinite,
                 trace=folder.trace.absolute() if trace else None,
             )
-            specs.append(
-                ChildSpec(
-                    rank=rank,
-                    command=[sys.executable, "-m", "smolcluster.run.rank"],
-                    bootstrap=bootstrap.model_dump(mode="json"),
-                    log_path=folder.log_path(rank),
-                    environment=_environment(),
-                )
-            )
+            for rank in range(len(names))
+        ]
+        specs = [self._spec(bootstrap) for bootstrap in self._bootstraps]
+        is_elastic = config.algorithm in PARAMETER_SERVERS
+        elastic = Elastic(min_ranks(config, len(names)), self._again if respawn else None) if is_elastic else None
         self._others = range(1, len(names))
         self._supervisor = Supervisor(
             specs,
             self._hear,
             patience=config.cluster.patience,
             on_stop=lambda: folder.note("stopping after this step; Ctrl-C again ends at once"),
+            elastic=elastic,
         )
+
+    def _spec(self, bootstrap: Bootstrap) -> ChildSpec:
+        return ChildSpec(
+            rank=bootstrap.rank,
+            command=[sys.executable, "-m", "smolcluster.run.rank"],
+            bootstrap=bootstrap.model_dump(mode="json"),
+            log_path=self._folder.log_path(bootstrap.rank),
+            environment=_environment(),
+        )
+
+    def _again(self, rank: int) -> ChildSpec:
+        """How a rank that died is started again. The server goes back to its newest checkpoint, and its rows too."""
+        bootstrap = self._bootstraps[rank]
+        self._folder.note(f"rank {rank} died and is started again")
+        if rank == 0:
+            try:
+                point = find_resume_point(str(self._folder.checkpoints), None, {})
+                checkpoint, step = point.checkpoint.absolute(), point.step
+            except CheckpointError:
+                checkpoint, step = None, 0
+            self._folder.rewind(step)
+            bootstrap = bootstrap.model_copy(update={"resume": checkpoint})
+        return self._spec(bootstrap)
 
     def run(self) -> Ran:
         try:
@@ -154,7 +202,11 @@ class _LocalRun:
             self._supervisor.tell(rank, {"command": "rows_written"})
         elif event == "note":
             self._folder.note(str(message["text"]))
+        elif event == "started" and rank > 0:
+            if self._leader is not None:
+                self._supervisor.tell(rank, {"command": "leader", "address": self._leader})
         elif event == "listening" and rank == 0:
+            self._leader = str(message["address"])
             for other in self._others:
                 self._supervisor.tell(other, {"command": "leader", "address": message["address"]})
         elif event == "result":

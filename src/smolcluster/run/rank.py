@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from smolcluster.collectives.base import Communicator
     from smolcluster.transport.base import Listener
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("smolcluster.run.rank")  # it is run as __main__
 
 LOOPBACK = "127.0.0.1"
 # Progress is for eyes: more often costs a fast run time in the parent.
@@ -91,6 +91,7 @@ def main() -> None:
     start = Bootstrap.model_validate(link.bootstrap())
     log_to_file(start.log_path)
     logger.info("rank started rank=%d world_size=%d pid=%d", start.rank, start.world_size, os.getpid())
+    link.tell({"event": "started"})  # one that is started again is told what the others know
     try:
         exit_code = _Rank(link, start).run()
     except BaseException as error:

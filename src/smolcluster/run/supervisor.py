@@ -19,6 +19,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ LOST_GRACE_S = 0.5
 # Looks per patience whether a child was suspended (SIGSTOP): it cannot say so, and before all ranks have joined nobody
 # else notices.
 LOOKS_PER_PATIENCE = 10
+# A rank that ends with an error of its own so many times in a row will do so again. Who was killed may not.
+MAX_OWN_DEATHS = 3
 # On Windows a waiting main thread is not woken by Ctrl-C: it has to look up now and then for the handler to run.
 _LONGEST_WAIT_S = 0.2 if os.name == "nt" else None
 
@@ -98,6 +101,19 @@ class Outcome:
     failures: tuple[Failure, ...]
     interrupted: bool
     killed: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Elastic:
+    """Ranks that a run can lose, all but rank 0.
+
+    Attributes:
+        min_ranks: with fewer living ones the run has failed.
+        respawn: how a rank that has died is started again, rank 0 too; None: it is not.
+    """
+
+    min_ranks: int
+    respawn: Callable[[int], ChildSpec] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +239,7 @@ class Supervisor:
         on_message: called on the calling thread with (rank, message) for everything but errors.
         patience: seconds that a failed run gets to end by itself before what is left is killed.
         on_stop: called once, when the user first asks to stop.
+        elastic: what the run does without; None: the first rank that fails ends it.
     """
 
     def __init__(
@@ -232,11 +249,16 @@ class Supervisor:
         *,
         patience: float,
         on_stop: Callable[[], None] | None = None,
+        elastic: Elastic | None = None,
     ) -> None:
         self._specs = specs
         self._on_message = on_message
         self._on_stop = on_stop
         self._patience = patience
+        self._elastic = elastic
+        self._excuses: dict[int, Failure] = {}  # what ranks said of their end, of which the run may not care
+        self._own_deaths: Counter[int] = Counter()  # in a row, but for those by a signal
+        self._is_done = False  # rank 0 has ended well
         self._seen: SimpleQueue[_Seen] = SimpleQueue()  # its put may be called from a signal handler
         self._children: list[_Child] = []
         self._failures: list[Failure] = []
@@ -245,9 +267,9 @@ class Supervisor:
         self._interrupts = 0
 
     def tell(self, rank: int, message: JsonObject) -> None:
-        """Send `message` to one child."""
+        """Send `message` to one child, if it lives."""
         for child in self._children:
-            if child.rank == rank:
+            if child.rank == rank and not child.ended:
                 child.tell(message)
 
     def run(self) -> Outcome:
@@ -281,6 +303,8 @@ class Supervisor:
                     return None
 
     def _find_suspended(self, now: float) -> _Suspended | None:
+        if self._elastic is not None:
+            return None  # whoever waits for it goes on without it, and takes it back when it wakes up
         known = {failure.lost for failure in self._failures}
         for child in self._children:
             seconds = 0.0 if child.ended else child.suspended_for(now)
@@ -301,7 +325,9 @@ class Supervisor:
             )
             self._fail(Failure(seen.rank, message, EXIT_FAILED, consequence=True, lost=seen.rank))
         elif isinstance(seen, _Said):
-            if seen.message.get("event") == "error":
+            if seen.message.get("event") == "error" and self._elastic is not None:
+                self._excuses[seen.rank] = _reported(seen.rank, seen.message)  # its end decides
+            elif seen.message.get("event") == "error":
                 self._fail(_reported(seen.rank, seen.message))
             else:
                 self._on_message(seen.rank, seen.message)
@@ -312,14 +338,40 @@ class Supervisor:
         child = next(child for child in self._children if child.rank == seen.rank)
         child.ended = True
         logger.info("rank ended rank=%d returncode=%d", seen.rank, seen.returncode)
+        if self._goes_on_without(child, seen.returncode):
+            return
         stopped = self._interrupts > 0 and seen.returncode == EXIT_INTERRUPTED
         stopped |= bool(self._failures) and seen.returncode == EXIT_FAILED  # told to end before it had begun
         explained = any(failure.rank == seen.rank for failure in self._failures)
         if seen.returncode != 0 and not (stopped or explained or child.killed):
-            self._fail(Failure(seen.rank, _epitaph(child, seen.returncode), EXIT_FAILED, died=True))
+            died = Failure(seen.rank, _epitaph(child, seen.returncode), EXIT_FAILED, died=True)
+            self._fail(self._excuses.get(seen.rank, died))
         lost = {failure.lost for failure in self._failures}
         if self._deadline is not None and all(child.ended or child.rank in lost for child in self._children):
             self._deadline = min(self._deadline, time.monotonic() + LOST_GRACE_S)
+
+    def _goes_on_without(self, child: _Child, returncode: int) -> bool:
+        """Whether a rank's end changes nothing for the others; starts it again if that is wanted."""
+        elastic = self._elastic
+        if elastic is None or child.killed or self._failures or self._interrupts:
+            return False
+        if returncode == 0 and child.rank == 0:
+            self._is_done = True
+            self._deadline = time.monotonic() + self._patience  # a suspended worker would never end
+        if returncode == 0 or self._is_done:
+            return True
+        excuse = self._excuses.get(child.rank)
+        self._own_deaths[child.rank] = 0 if returncode < 0 else self._own_deaths[child.rank] + 1
+        may_mend = excuse is None or (excuse.exit_code == EXIT_FAILED and not excuse.consequence)
+        if elastic.respawn is not None and may_mend and self._own_deaths[child.rank] < MAX_OWN_DEATHS:
+            logger.warning("rank died, starting it again rank=%d returncode=%d", child.rank, returncode)
+            self._excuses.pop(child.rank, None)
+            child.close()
+            self._children.append(_Child(elastic.respawn(child.rank), self._seen))
+            self._children.remove(child)
+            return True
+        living = sum(not other.ended for other in self._children)
+        return child.rank != 0 and living >= elastic.min_ranks
 
     def _fail(self, failure: Failure) -> None:
         known = self._cause()
