@@ -44,6 +44,7 @@ from smolcluster.collectives.param_server import (
 )
 from smolcluster.data.batch import Batch
 from smolcluster.data.leases import Lease, Range, SamplePool
+from smolcluster.kinds import JsonObject
 from smolcluster.training.flat import (
     blend_weights,
     flat_gradients,
@@ -51,10 +52,11 @@ from smolcluster.training.flat import (
     install_gradients,
     take_constants,
     trained,
+    unscale,
 )
 from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
 from smolcluster.training.schedule import LrSchedule
-from smolcluster.training.server import Commit, Update
+from smolcluster.training.server import Commit, Update, as_answer, as_result, log_of
 from smolcluster.training.step import (
     EvalSums,
     LossScaler,
@@ -162,7 +164,7 @@ class SyncPsWorker:
 
         # 4 the answer to the oldest push, with K = 0 this one
         while len(self._under_way) > self._staleness_bound:
-            result = _as_result(self._under_way.popleft().wait())
+            result = as_result(self._under_way.popleft().wait())
             if result is not None:
                 return result
         return None
@@ -173,7 +175,7 @@ class SyncPsWorker:
 
     def finish(self) -> list[StepResult]:
         """Take the run's last weights; the answers that are still to come, oldest first."""
-        results = [_as_result(ticket.wait()) for ticket in self._under_way]
+        results = [as_result(ticket.wait()) for ticket in self._under_way]
         self._under_way.clear()
         if self._port.last_weights is not None:
             blend_weights(self._params, self._port.last_weights, self._port.layout, 0.0)
@@ -222,6 +224,7 @@ class _Gathering:
         awaited: sessions that the step waits for.
         waiting: lease numbers that are out, by session.
         pushes: what has come, by session.
+        ranges: samples of the leases that have come.
         first_push_at: when the first came (`time.monotonic()`); None: none has.
         total: of all pushes, once it is made; of a step from a checkpoint all that there is.
     """
@@ -231,6 +234,7 @@ class _Gathering:
     awaited: set[int] = field(default_factory=set)
     waiting: dict[int, int] = field(default_factory=dict)
     pushes: dict[int, Push] = field(default_factory=dict)
+    ranges: dict[int, tuple[Range, ...]] = field(default_factory=dict)
     first_push_at: float | None = None
     total: _Sum | None = None
 
@@ -302,6 +306,7 @@ class SyncPsServer:
         self._version = 0
         self._weights: tuple[int, list[Tensor]] | None = None  # (version, flat)
         self._commits: list[Commit] = []
+        self._log: list[JsonObject] = []
 
     # ---- what happens
 
@@ -316,6 +321,9 @@ class SyncPsServer:
             step.awaited.discard(worker.session)
             if (lease := step.waiting.pop(worker.session, None)) is not None:
                 self._pool.give_back(lease)
+
+    def asked(self, worker: Worker, leases: int) -> None:
+        """Leases are dealt step by step, asked for or not."""
 
     def pushed(self, push: Push) -> None:
         """Take a push in, or refuse it if its step has closed."""
@@ -335,12 +343,18 @@ class SyncPsServer:
         member.is_behind = False
         lease = self._pool.commit(number)
         assert lease is not None, "a lease that is out belongs to one open step"
+        step.ranges[number] = lease.ranges
         self._commits.append(Commit(step.number, push.worker, lease))
 
     def take_commits(self) -> list[Commit]:
         """What has been taken in since the last call."""
         commits, self._commits = self._commits, []
         return commits
+
+    def take_log(self) -> list[JsonObject]:
+        """What repeats this run, since the last call: see run/replay.py."""
+        log, self._log = self._log, []
+        return log
 
     # ---- what follows from it
 
@@ -411,6 +425,7 @@ class SyncPsServer:
         weights = None
         if member.until_weights == 0:
             weights, member.until_weights = self._newest_weights(), self._interval
+            self._log.append({"event": "weights", "session": session, "version": self._version})
         member.until_weights -= 1
         self._port.lend(
             member.worker, lease, step=step.number, planned=step.planned, version=self._version, weights=weights
@@ -456,8 +471,10 @@ class SyncPsServer:
 
         # 4 answer
         result = StepResult(step.number, loss, total.count, total.samples, grad_norm, lr, is_applied)
-        for push in step.pushes.values():
-            self._port.answer(push.worker, push.number, _as_answer(result, self._version))
+        pushes = sorted(step.pushes.values(), key=lambda push: push.worker.rank)
+        self._log.append(log_of(result, pushes, step.ranges))
+        for push in pushes:
+            self._port.answer(push.worker, push.number, as_answer(result, self._version))
         return Update(result, stalenesses)
 
     def _sum(self, step: _Gathering) -> _Sum:
@@ -482,11 +499,7 @@ class SyncPsServer:
         )
         return step.total
 
-    # ---- evaluation and state
-
-    def eval_step(self, batch: Batch) -> EvalSums:
-        """Loss sum, target count and correct predictions of one batch with the server's weights; changes nothing."""
-        return evaluate_batch(self.model, batch, self._precision, self._device)
+    # ---- state
 
     def state(self) -> dict[str, Shard]:
         """Weights, optimizer, and the gathered gradients of steps that are not applied. Only while it is settled."""
@@ -515,34 +528,3 @@ class SyncPsServer:
         return PendingGradient(
             step.number, total.loss_sum, total.count, total.samples, 0, round(1.0 / total.scale), 1.0, grads
         )
-
-
-def unscale(flats: Sequence[Tensor], scaler: LossScaler) -> None:
-    """Divide gradients by fp16's loss scale, in place, and let the scaler learn whether it was too large."""
-    finite = True
-    for flat in flats:
-        flat.mul_(1.0 / scaler.scale)
-        finite = finite and bool(torch.isfinite(flat).all())
-    scaler.update(finite, scaler.scale)
-
-
-def _as_answer(result: StepResult, version: int) -> Answer:
-    return Answer(
-        status="applied",
-        step=result.step,
-        loss=result.loss if math.isfinite(result.loss) else None,
-        count=result.count,
-        samples=result.samples,
-        grad_norm=result.grad_norm if math.isfinite(result.grad_norm) else None,
-        lr=result.lr,
-        is_skipped=not result.applied,
-        version=version,
-    )
-
-
-def _as_result(answer: Answer) -> StepResult | None:
-    if answer.status != "applied":
-        return None
-    loss = math.nan if answer.loss is None else answer.loss
-    grad_norm = math.inf if answer.grad_norm is None else answer.grad_norm
-    return StepResult(answer.step, loss, answer.count, answer.samples, grad_norm, answer.lr, not answer.is_skipped)

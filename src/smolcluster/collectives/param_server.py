@@ -4,8 +4,8 @@ Idea: each worker has a session with the server, a world of two (cluster/session
 numbers, an answer) goes over its control link, where it never waits behind tensors; the tensors follow as messages,
 under the number that was said. So a lease overtakes the weights that a slow link still carries.
 
-    server → worker   lease {lease, weights}   answer {push, ...}   weights {number, version}   over {reason}
-    worker → server   push {number, ...}       ask {}               report {...}                bye {}
+    server → worker   lease {number, weights, ...}   answer {push, ...}   weights {number, version}   over {reason}
+    worker → server   push {number, ...}             ask {leases}           report {...}                bye {}
 
 The port knows no algorithm. A worker whose connection breaks asks for a new session by itself; what the old one had
 under way is lost on both sides, and the server hears of it as Left.
@@ -19,8 +19,9 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # A worker whose rank another process seems to hold waits for so many patiences: that one may be dead, unnoticed yet.
 RANK_PATIENCES = 2
+# Leases that a worker may ask for at once.
+MAX_ASKED = 1024
 # Seconds between looks whether somebody has ended the run, while a worker waits for the server.
 SLICE = 0.5
 
@@ -123,6 +126,7 @@ class PushNote(BaseModel):
         scale: what each summed loss was multiplied with before backward.
         compute_s: seconds that computing took.
         missing: numbers of the parameters that had no gradient; zeros stand for theirs.
+        pull: the worker wants weights once this is applied.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -135,6 +139,7 @@ class PushNote(BaseModel):
     scale: float = Field(gt=0)
     compute_s: float = Field(ge=0)
     missing: tuple[int, ...] = ()
+    pull: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +178,10 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A worker asks for the newest weights."""
+    """A worker would like some leases more."""
 
     worker: Worker
+    leases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +208,7 @@ class Lease:
         weights: flat, on the CPU, that came with it; None: the worker goes on with what it has.
         is_first: the weights are the first of this session: they replace what the worker has.
         constants: what else the worker needs of the model; comes with the first weights.
+        waited: seconds that the worker had nothing to compute before it came.
     """
 
     number: int
@@ -212,6 +219,7 @@ class Lease:
     weights: list[Tensor] | None = None
     is_first: bool = False
     constants: Sequence[Tensor] = ()
+    waited: float = 0.0
 
 
 class Answer(BaseModel):
@@ -372,7 +380,7 @@ class ServerPort:
             self._opened(worker, world)
         self._events.put(Joined(worker))
         world.on("push", lambda _rank, message: self._expect_push(client, message))
-        world.on("ask", lambda _rank, message: self._events.put(Asked(worker)))
+        world.on("ask", lambda _rank, message: self._asked(client, message))
         world.on("report", lambda _rank, message: self._events.put(Reported(worker, _payload(message))))
         world.on("bye", lambda _rank, message: self._gone(client, None))
         world.on_failure(partial(self._gone, client))
@@ -503,6 +511,11 @@ class ServerPort:
         for flat in outgoing:
             client.comm.send(flat, WORKER, tag=client.sent)
 
+    def _asked(self, client: _Client, message: JsonObject) -> None:
+        leases = message.get("leases")
+        if isinstance(leases, int) and 0 < leases <= MAX_ASKED:
+            self._events.put(Asked(client.worker, leases))
+
     def _expect_push(self, client: _Client, message: JsonObject) -> None:
         """On the session's link thread: the numbers of a push are here, its tensors are on their way."""
         number = message.get("number")
@@ -553,8 +566,8 @@ class Ticket:
         """Whether `wait` would return at once."""
         return self._done.is_set()
 
-    def wait(self) -> Answer:
-        """Block until the server has answered, or the connection is lost.
+    def wait(self, *, is_hidden: bool = False) -> Answer:
+        """Block until the server has answered, or the connection is lost. `is_hidden`: meanwhile something computes.
 
         Raises:
             SmolError: what ended the run meanwhile.
@@ -563,7 +576,8 @@ class Ticket:
         while not self._done.wait(SLICE):
             if (error := self._ended()) is not None:
                 raise error
-        self._telemetry.record("comm_wait", began, time.monotonic(), details={"call": "push"})
+        if not is_hidden:
+            self._telemetry.record("comm_wait", began, time.monotonic(), details={"call": "push"})
         return self._answer
 
 
@@ -592,7 +606,7 @@ class _Session:
     world: SessionWorld
     comm: TcpCommunicator
     inbox: queue.SimpleQueue[JsonObject | _Over | SmolError]
-    arriving: queue.SimpleQueue[_Arriving]
+    arriving: deque[_Arriving]  # in the order of sending
     tickets: dict[int, Ticket]
     pushes: int = 0
     version: int = 0
@@ -608,6 +622,7 @@ class WorkerPort:
         lease: what `next_lease` gave last.
         last_weights: flat, those that the run ended with; None: it has not ended, or they did not come.
         sessions: how many there were so far.
+        is_closed: `close` was called.
     """
 
     def __init__(
@@ -620,6 +635,7 @@ class WorkerPort:
         codec: Codec | None = None,
         telemetry: Telemetry | None = None,
         began: Callable[[SessionWorld], None] | None = None,
+        spans_by_lease: bool = False,
     ) -> None:
         """Nothing is opened before the first `next_lease`.
 
@@ -631,7 +647,9 @@ class WorkerPort:
             codec: as the server's.
             telemetry: where traffic and waiting are counted.
             began: called with each new session before anything is received in it.
+            spans_by_lease: what is measured belongs to the lease's number and not to its step.
         """
+        self._spans_by_lease = spans_by_lease
         self.rank = rank
         self.telemetry = telemetry or Telemetry()
         self.layout = layout
@@ -642,6 +660,7 @@ class WorkerPort:
         self._session: _Session | None = None
         self._error: SmolError | None = None
         self._is_over = False
+        self.is_closed = False
         self.sessions = 0
         self.lease: Lease | None = None
         self.last_weights: list[Tensor] | None = None
@@ -652,11 +671,12 @@ class WorkerPort:
         Raises:
             SmolError: the run has failed, or the server cannot be reached any more.
         """
-        began = time.monotonic()
+        began, is_late = time.monotonic(), False
         while not self._is_over:
             if self._error is not None:
                 raise self._error
             session = self._session or self._open()
+            is_late = is_late or session.inbox.empty()
             try:
                 item = session.inbox.get(timeout=SLICE)
             except queue.Empty:
@@ -676,7 +696,11 @@ class WorkerPort:
             except SmolError as error:
                 self._lose(session, error)
                 continue
-            self.telemetry.record("comm_wait", began, time.monotonic(), lease.step, details={"call": "lease"})
+            if is_late and not lease.is_first:  # the first comes when the run begins, whenever that is
+                ended = time.monotonic()
+                number = lease.number if self._spans_by_lease else lease.step
+                self.telemetry.record("comm_wait", began, ended, number, details={"call": "lease"})
+                lease = replace(lease, waited=ended - began)
             self.lease = lease
             return lease
         return None
@@ -700,6 +724,25 @@ class WorkerPort:
             session.comm.send(flat, SERVER, tag=number)
         return ticket
 
+    def ask(self, leases: int = 1) -> None:
+        """Ask the server for so many leases more. Returns at once."""
+        if self._session is not None:
+            self._session.world.send(SERVER, "ask", {"leases": leases})
+
+    def version(self) -> int:
+        """Of the weights that were taken last."""
+        return 0 if self._session is None else self._session.version
+
+    def newest_weights(self) -> list[Tensor] | None:
+        """Weights that have arrived since, flat on the CPU; None: none have. Never waits."""
+        session, newest = self._session, None
+        while session is not None and session.arriving:
+            if not all(work.done() and work.exception() is None for work in session.arriving[0].works):
+                break
+            arriving = session.arriving.popleft()
+            newest, session.version = self._received(session, arriving), arriving.version
+        return newest
+
     def report(self, report: JsonObject) -> None:
         """Tell the server what this worker gave, at the end."""
         if self._session is not None:
@@ -712,6 +755,7 @@ class WorkerPort:
 
     def close(self) -> None:
         """Say good-bye and close."""
+        self.is_closed = True
         session, self._session = self._session, None
         if session is not None:
             session.world.send(SERVER, "bye", {})
@@ -728,7 +772,7 @@ class WorkerPort:
             logger.warning("session not opened reason=%s", error)
             return self._open()
         encoder = None if self._codec is None else FeedbackEncoder(self._codec, self.layout)
-        session = _Session(world, comm, queue.SimpleQueue(), queue.SimpleQueue(), {}, encoder=encoder)
+        session = _Session(world, comm, queue.SimpleQueue(), deque(), {}, encoder=encoder)
         self._session = session
         self.sessions += 1
         if self._began is not None:
@@ -758,7 +802,7 @@ class WorkerPort:
     def _take_last(self, session: _Session) -> None:
         """The run's last weights; without them this worker ends with those that it has."""
         try:
-            arriving = session.arriving.get_nowait()
+            arriving = session.arriving.pop()  # those before it are older
             for work in arriving.works:
                 work.wait()
             self.last_weights = arriving.flats
@@ -788,7 +832,7 @@ class WorkerPort:
                 works: list[Work] = [
                     session.comm.recv(SERVER, tag=number, out=tensor) for tensor in (*flats, *constants)
                 ]
-                session.arriving.put(_Arriving(version, first, whole, flats, constants, works))
+                session.arriving.append(_Arriving(version, first, whole, flats, constants, works))
             case _:
                 session.world.abort(PeerLost("the server announced weights in a way that is malformed", SERVER))
 
@@ -806,7 +850,7 @@ class WorkerPort:
     def _lease(self, session: _Session, message: JsonObject) -> Lease:
         weights, is_first, constants = None, False, []
         if isinstance(message.get("weights"), dict):
-            arriving = session.arriving.get_nowait()
+            arriving = session.arriving.popleft()
             weights, is_first, constants = self._received(session, arriving), arriving.is_first, arriving.constants
             session.version = arriving.version
         match message:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from smolcluster.algorithms.classicdp import ClassicDP
+from smolcluster.algorithms.edp import EdpServer, EdpWorker
 from smolcluster.algorithms.single import Single
 from smolcluster.algorithms.syncps import SyncPsServer, SyncPsWorker
 from smolcluster.checkpoint.state import StateReader
@@ -212,42 +213,91 @@ def assemble_server(parts: Parts, port: ServerPort, *, global_batch: int, skip_n
     only_max_steps = training.max_steps is not None and training.epochs is None
     pool = SamplePool(sampler, None if only_max_steps else resolved_epochs(config))
     optimizers: list[torch.optim.Optimizer] = []
-    rule = SyncPsServer(
-        parts.model,
-        _remembering(_optimizer_factory(config), optimizers),
-        port,
-        pool,
-        steps=NO_LIMIT if training.max_steps is None else training.max_steps,
-        count_planned=lambda ranges: data.train.targets_per_sample(range_indices(sampler, ranges)),
-        shares=parts.weights,
-        staleness_bound=resolved_staleness_bound(config) or 0,
-        timeout=cluster.timeout,
-        worker_update_interval=cluster.worker_update_interval,
-        grad_clip_norm=training.grad_clip_norm,
-        lr_schedule=_schedule(config, planned_steps(parts, global_batch)),
-        precision=training.precision,
-        device=parts.device,
-        skip_nonfinite=skip_nonfinite,
-    )
+    factory = _remembering(_optimizer_factory(config), optimizers)
+    bound = resolved_staleness_bound(config)
+    steps = NO_LIMIT if training.max_steps is None else training.max_steps
+    schedule = _schedule(config, _global_batches(parts, global_batch))
+    rule: Rule
+    if config.algorithm == "edp" and bound != 0:
+        total = sum(parts.weights)
+        rule = EdpServer(
+            parts.model,
+            factory,
+            port,
+            pool,
+            steps=steps,
+            lease_samples=lambda rank: max(1, round(global_batch * parts.weights[rank - 1] / total)),
+            staleness_bound=bound,
+            grad_clip_norm=training.grad_clip_norm,
+            lr_schedule=schedule,
+            precision=training.precision,
+            device=parts.device,
+            skip_nonfinite=skip_nonfinite,
+        )
+    else:
+        is_edp = config.algorithm == "edp"  # with K = 0, which is strict syncps
+        rule = SyncPsServer(
+            parts.model,
+            factory,
+            port,
+            pool,
+            steps=steps,
+            count_planned=lambda ranges: data.train.targets_per_sample(range_indices(sampler, ranges)),
+            shares=parts.weights,
+            staleness_bound=bound or 0,
+            timeout=None if is_edp else cluster.timeout,
+            worker_update_interval=1 if is_edp else cluster.worker_update_interval,
+            grad_clip_norm=training.grad_clip_norm,
+            lr_schedule=schedule,
+            precision=training.precision,
+            device=parts.device,
+            skip_nonfinite=skip_nonfinite,
+        )
     return ServerParts(rule, pool, optimizers)
 
 
 def assemble_worker(parts: Parts, port: WorkerPort) -> Strategy:
     """Make a worker's side of the algorithm."""
-    config = parts.config
+    config, bound = parts.config, resolved_staleness_bound(parts.config)
+    is_edp = config.algorithm == "edp"
+    if is_edp and bound != 0:
+        return EdpWorker(
+            parts.model,
+            port,
+            worker_update_interval=config.cluster.worker_update_interval,
+            precision=config.training.precision,
+            device=parts.device,
+        )
     return SyncPsWorker(
         parts.model,
         port,
-        staleness_bound=resolved_staleness_bound(config) or 0,
-        polyak_alpha=config.training.polyak_alpha,
+        staleness_bound=bound or 0,
+        polyak_alpha=0.0 if is_edp else config.training.polyak_alpha,
         precision=config.training.precision,
         device=parts.device,
     )
 
 
 def planned_steps(parts: Parts, global_batch: int) -> int:
-    """Updates that a run has if every sample counts at once: what the learning rate is planned for."""
-    return _steps(parts.config, parts.data, global_batch)
+    """Updates that a run over a parameter server has if every sample counts at once."""
+    config = parts.config
+    if not counts_pushes(config):
+        return _steps(config, parts.data, global_batch)
+    lease = max(1, global_batch // len(parts.weights))
+    return total_steps(config, parts.data.steps_per_epoch(lease))
+
+
+def _global_batches(parts: Parts, global_batch: int) -> int:
+    """The run's length in global batches, which is what a learning rate is planned for."""
+    config = parts.config
+    if not counts_pushes(config):
+        return _steps(config, parts.data, global_batch)
+    return -(-planned_steps(parts, global_batch) // len(parts.weights))
+
+
+def counts_pushes(config: Config) -> bool:
+    """Whether a step is one push and not one of all ranks."""
+    return config.algorithm == "edp" and resolved_staleness_bound(config) != 0
 
 
 def _in_memory(data: TrainingData) -> MemoryData:

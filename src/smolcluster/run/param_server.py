@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import nn
+
 from smolcluster.checkpoint import disk
 from smolcluster.checkpoint.ledger import LEDGER, Ledger
 from smolcluster.checkpoint.reader import Checkpoint
@@ -27,7 +29,7 @@ from smolcluster.errors import CheckpointError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.resources import peak_rss_bytes
-from smolcluster.run.build import Parts, ServerParts, assemble_server, assemble_worker, planned_steps
+from smolcluster.run.build import Parts, ServerParts, assemble_server, assemble_worker, counts_pushes, planned_steps
 from smolcluster.run.resume import RunMeta, RunProgress
 from smolcluster.run.session import RankResult, held_bytes, optimizer_bytes, run_values
 from smolcluster.run.support import min_ranks
@@ -35,13 +37,14 @@ from smolcluster.training.flat import constants, trained
 from smolcluster.training.leased import LeasedBatches
 from smolcluster.training.role import RunContext, TrainerRole
 from smolcluster.training.server import Crew, ServerRole
-from smolcluster.training.step import prepare_model
+from smolcluster.training.step import EvalSums, evaluate_batch, prepare_model
 from smolcluster.training.trainer import Progress, Trainer, TrainResult
 from smolcluster.transport.base import Listener, Network
 
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation.json"
+APPLICATIONS = "applications.jsonl"
 # A worker goes on as long as the server lends to it; no number of its own ends it.
 NO_END = 1 << 62
 # A server that is gone is looked for so many patiences: somebody has to start it again, and it has to import torch.
@@ -86,7 +89,10 @@ def run_server(
         discard_after(checkpoint.path)
     meta = None if checkpoint is None else RunMeta.model_validate(checkpoint.meta)
     position = _Position.begin() if meta is None else _Position.of(meta)
-    ledger = _open_ledger(folder, checkpoint, position.ledger_lines)
+    ledger = _open_log(folder / LEDGER, checkpoint, position.ledger_lines)
+    applications = None
+    if config.algorithm == "edp":
+        applications = _open_log(folder / APPLICATIONS, checkpoint, position.application_lines)
     generations = _Generations(folder / GENERATION, names[0])
     model = prepare_model(parts.model, config.training.precision, parts.device)
     port = ServerPort(
@@ -106,7 +112,7 @@ def run_server(
         built.pool.load_state(position.pool)
     samples = [0] * len(names) if meta is None else _fitted(meta.rank_samples, len(names))
     restarts = 0 if meta is None else meta.restarts + 1
-    saver = _Saver(parts, built, port, ledger, checkpoints, samples, restarts, len(names), deliver)
+    saver = _Saver(parts, built, port, ledger, applications, checkpoints, samples, restarts, len(names), deliver)
     role = ServerRole(
         built.rule,
         port,
@@ -115,7 +121,9 @@ def run_server(
         patience=config.cluster.patience,
         planned_steps=planned_steps(parts, global_batch),
         ledger=ledger,
-        eval_batches=lambda: eval_batches(parts.data.validation, resolved_batch_size(config)),
+        applications=applications,
+        evaluate=lambda model: _evaluate(parts, model),
+        evaluates_beside=counts_pushes(config),
         eval_steps=config.training.eval_steps,
         checkpoint=saver.save,
         checkpoint_steps=config.checkpoint.steps,
@@ -134,6 +142,8 @@ def run_server(
     )
     with contextlib.ExitStack() as closing:
         closing.callback(ledger.close)
+        if applications is not None:
+            closing.callback(applications.close)
         closing.callback(port.close)
         closing.callback(reception.close)
         result = role.run(context)
@@ -193,6 +203,7 @@ def run_worker(
         constants=constants(model),
         codec=codec_for(config.cluster.compression),
         began=began,
+        spans_by_lease=counts_pushes(config),
     )
     if attach is not None:
         attach(port)
@@ -215,23 +226,30 @@ class _Position:
     Attributes:
         pool: the sample pool's state.
         ledger_lines: lines of the ledger.
+        application_lines: lines of the application log.
         generation: the last one.
     """
 
     pool: JsonObject
     ledger_lines: int
+    application_lines: int
     generation: int
 
     @classmethod
     def begin(cls) -> _Position:
-        return cls({}, 0, 0)
+        return cls({}, 0, 0, 0)
 
     @classmethod
     def of(cls, meta: RunMeta) -> _Position:
         """Raises CheckpointError: it was written by another kind of run."""
         match meta.position:
-            case {"pool": dict(pool), "ledger_lines": int(lines), "generation": int(generation)} if lines >= 0:
-                return cls(pool, lines, generation)
+            case {
+                "pool": dict(pool),
+                "ledger_lines": int(lines),
+                "application_lines": int(applications),
+                "generation": int(generation),
+            } if lines >= 0 and applications >= 0:
+                return cls(pool, lines, applications, generation)
         raise CheckpointError(
             f"the checkpoint's data position {meta.position} is none of a parameter server. Resume with the algorithm "
             f"of the run that wrote it, {meta.algorithm}"
@@ -272,6 +290,7 @@ class _Saver:
         built: ServerParts,
         port: ServerPort,
         ledger: Ledger,
+        applications: Ledger | None,
         folder: Path,
         rank_samples: list[int],
         restarts: int,
@@ -282,6 +301,7 @@ class _Saver:
         self._built = built
         self._port = port
         self._ledger = ledger
+        self._applications = applications
         self._folder = folder
         self._rank_samples = rank_samples
         self._restarts = restarts
@@ -306,6 +326,7 @@ class _Saver:
             position={
                 "pool": self._built.pool.state(),
                 "ledger_lines": self._ledger.lines,
+                "application_lines": 0 if self._applications is None else self._applications.lines,
                 "generation": self._port.generation(),
             },
             restarts=self._restarts,
@@ -315,11 +336,10 @@ class _Saver:
         logger.info("checkpoint written step=%d", progress.steps)
 
 
-def _open_ledger(folder: Path, checkpoint: Checkpoint | None, lines: int) -> Ledger:
-    """The ledger up to the checkpoint; copied where the run goes on in another folder."""
-    path = folder / LEDGER
+def _open_log(path: Path, checkpoint: Checkpoint | None, lines: int) -> Ledger:
+    """A ledger up to the checkpoint; copied where the run goes on in another folder."""
     if checkpoint is not None and lines:
-        source = checkpoint.path.parent.parent / LEDGER
+        source = checkpoint.path.parent.parent / path.name
         if source.is_file() and not (path.exists() and source.samefile(path)):
             shutil.copyfile(source, path)
     return Ledger(path, lines)
@@ -330,6 +350,14 @@ def _fitted(samples: Sequence[int], count: int) -> list[int]:
     fitted = [*samples[:count], *[0] * (count - len(samples))]
     fitted[0] += sum(samples[count:])
     return fitted
+
+
+def _evaluate(parts: Parts, model: nn.Module) -> EvalSums:
+    """The whole validation split."""
+    sums = EvalSums(0.0, 0, 0, 0)
+    for batch in eval_batches(parts.data.validation, resolved_batch_size(parts.config)):
+        sums = sums + evaluate_batch(model, batch, parts.config.training.precision, parts.device)
+    return sums
 
 
 def _server_result(

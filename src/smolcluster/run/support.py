@@ -12,7 +12,7 @@ from smolcluster.transport.tcp import TcpOptions
 
 # Carrier-grade NAT, which Tailscale uses, and the range for measuring networks: nobody routes them.
 _OWN_NETWORKS = (ipaddress.IPv4Network("100.64.0.0/10"), ipaddress.IPv4Network("198.18.0.0/15"))
-ALGORITHMS = ("single", "classicdp", "syncps")
+ALGORITHMS = ("single", "classicdp", "syncps", "edp")
 # A server that computes nothing, and workers that come and go.
 PARAMETER_SERVERS = ("syncps", "edp")
 

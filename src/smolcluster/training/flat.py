@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from smolcluster.collectives.param_server import FlatLayout
+from smolcluster.training.step import LossScaler
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -57,3 +58,12 @@ def blend_weights(params: Sequence[nn.Parameter], flats: Sequence[Tensor], layou
             param.copy_(weights)
         else:
             param.mul_(alpha).add_(weights, alpha=1.0 - alpha)
+
+
+def unscale(flats: Sequence[Tensor], scaler: LossScaler) -> None:
+    """Divide gradients by fp16's loss scale, in place, and let the scaler learn whether it was too large."""
+    finite = True
+    for flat in flats:
+        flat.mul_(1.0 / scaler.scale)
+        finite = finite and bool(torch.isfinite(flat).all())
+    scaler.update(finite, scaler.scale)

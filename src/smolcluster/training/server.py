@@ -6,10 +6,14 @@ two updates the ledger is written, and a checkpoint or an evaluation made where 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import math
+import queue
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,11 +21,10 @@ from torch import Tensor, nn
 
 from smolcluster.checkpoint.ledger import Ledger
 from smolcluster.checkpoint.state import Shard, StateReader
-from smolcluster.collectives.param_server import Joined, Left, Push, Reported, ServerPort, Worker
-from smolcluster.data.batch import Batch
-from smolcluster.data.leases import Lease
+from smolcluster.collectives.param_server import Answer, Asked, Event, Joined, Left, Push, ServerPort, Worker
+from smolcluster.data.leases import Lease, Range
 from smolcluster.errors import PeerLost, SmolError
-from smolcluster.kinds import JsonObject
+from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.training.role import RunContext
 from smolcluster.training.step import EvalSums, StepResult
 from smolcluster.training.trainer import Progress, TrainResult, evaluation_numbers, json_number, stop_on_interrupt
@@ -54,12 +57,10 @@ class Update:
     Attributes:
         result: what it gave.
         stalenesses: of each gradient in it: versions between the weights that it was computed on and its application.
-        log: what repeats it, for the application log; None: nothing is logged.
     """
 
     result: StepResult
     stalenesses: Sequence[int] = ()
-    log: JsonObject | None = None
 
 
 class Rule(Protocol):
@@ -83,6 +84,10 @@ class Rule(Protocol):
         """It is gone; what it was lent goes back."""
         ...
 
+    def asked(self, worker: Worker, leases: int) -> None:
+        """It asks for so many leases more."""
+        ...
+
     def pushed(self, push: Push) -> None:
         """A gradient is here."""
         ...
@@ -93,6 +98,10 @@ class Rule(Protocol):
 
     def take_commits(self) -> list[Commit]:
         """What counts since the last call."""
+        ...
+
+    def take_log(self) -> list[JsonObject]:
+        """Lines of the application log since the last call: what repeats the run."""
         ...
 
     def deadline(self) -> float | None:
@@ -109,10 +118,6 @@ class Rule(Protocol):
 
     def is_finished(self) -> bool:
         """No update is to come."""
-        ...
-
-    def eval_step(self, batch: Batch) -> EvalSums:
-        """See Strategy."""
         ...
 
     def state(self) -> Mapping[str, Shard]:
@@ -155,7 +160,8 @@ class ServerRole:
         planned_steps: int,
         ledger: Ledger | None = None,
         applications: Ledger | None = None,
-        eval_batches: Callable[[], Iterable[Batch]] | None = None,
+        evaluate: Callable[[nn.Module], EvalSums] | None = None,
+        evaluates_beside: bool = False,
         eval_steps: int | None = None,
         checkpoint: Callable[[Progress], None] | None = None,
         checkpoint_steps: int | None = None,
@@ -175,7 +181,8 @@ class ServerRole:
             planned_steps: updates that the run will about have, for those who watch it.
             ledger: where commits go.
             applications: where updates are logged that can be replayed.
-            eval_batches: called for each evaluation: the whole validation split.
+            evaluate: evaluates a model on the whole validation split.
+            evaluates_beside: while training goes on, on a thread of its own: so that no worker waits for it.
             eval_steps: evaluate after every so many updates, and at the end; None: only at the end.
             checkpoint: writes one; called between two updates.
             checkpoint_steps: call it after every so many updates, and at the end; None: only at the end.
@@ -195,7 +202,9 @@ class ServerRole:
         self._planned_steps = planned_steps
         self._ledger = ledger
         self._applications = applications
-        self._eval_batches = eval_batches
+        self._evaluate = evaluate
+        self._evaluates_beside = evaluates_beside
+        self._evaluation: threading.Thread | None = None
         self._eval_steps = eval_steps
         self._checkpoint = checkpoint
         self._checkpoint_steps = checkpoint_steps
@@ -208,6 +217,7 @@ class ServerRole:
         self._train_loss = start.train_loss
         self._start = start
         self._eval: EvalSums | None = None
+        self._evaluated: queue.SimpleQueue[tuple[int, EvalSums]] = queue.SimpleQueue()
         self._evaluated_at = -1
         self._saved_at = start.steps
         self._began = 0.0
@@ -240,10 +250,10 @@ class ServerRole:
         while not self._rule.is_finished():
             for update in self._rule.advance():
                 self._after_update(update)
-                if self._context.stop.is_set() and not self._rule.is_finished():
-                    stopped = True
+                if self._context.stop.is_set():
                     break
-            if stopped or self._context.stop.is_set():
+                self._handle_next(0.0)  # who asks meanwhile does not wait until all that has come is applied
+            if self._context.stop.is_set():
                 stopped = not self._rule.is_finished()
                 break
             if not self._rule.is_finished():
@@ -270,18 +280,22 @@ class ServerRole:
         until = now + SLICE if deadline is None else min(deadline, now + SLICE)
         event = self._port.next_event(max(0.0, until - now))
         while event is not None:
-            if isinstance(event, Joined):
-                self._joined(event.worker)
-            elif isinstance(event, Left):
-                self._left(event)
-            elif isinstance(event, Push):
-                self._rule.pushed(event)
-                self._write_commits()
-            elif isinstance(event, Reported):
-                self.crew.reports[event.worker.rank] = event.report
+            self._take_in(event)
             event = self._port.next_event(0.0)
         if not is_start:
             self._check_number()
+
+    def _take_in(self, event: Event) -> None:
+        if isinstance(event, Joined):
+            self._joined(event.worker)
+        elif isinstance(event, Left):
+            self._left(event)
+        elif isinstance(event, Push):
+            self._rule.pushed(event)
+        elif isinstance(event, Asked):
+            self._rule.asked(event.worker, event.leases)
+        else:
+            self.crew.reports[event.worker.rank] = event.report
 
     def _joined(self, worker: Worker) -> None:
         crew = self.crew
@@ -330,8 +344,6 @@ class ServerRole:
     def _after_update(self, update: Update) -> None:
         result = update.result
         self._write_commits()
-        if update.log is not None and self._applications is not None:
-            self._applications.append([update.log])
         self._steps += 1
         self._samples += result.samples
         self._tokens += result.count
@@ -355,8 +367,12 @@ class ServerRole:
             row["staleness/mean"] = sum(update.stalenesses) / len(update.stalenesses)
             row["staleness/max"] = max(update.stalenesses)
         is_last = self._rule.is_finished()
-        if is_last or (self._eval_steps and self._steps % self._eval_steps == 0):
-            row |= self._evaluate()
+        is_eval_due = bool(self._eval_steps) and self._steps % (self._eval_steps or 1) == 0
+        if is_last or (is_eval_due and not self._evaluates_beside):
+            row |= self._evaluate_now()
+        elif is_eval_due:
+            self._evaluate_beside(result.step)
+        self._write_evaluated()
         self._write(row)
         self._context.metrics.progress(self._steps, max(self._planned_steps, self._steps), row)
         self._save(is_due=is_last or bool(self._checkpoint_steps and self._steps % self._checkpoint_steps == 0))
@@ -369,23 +385,51 @@ class ServerRole:
         self._context.metrics.write(row)
 
     def _write_commits(self) -> None:
-        commits = self._rule.take_commits()
+        """What counts now, and what repeats it."""
+        commits, log = self._rule.take_commits(), self._rule.take_log()
+        if self._applications is not None and log:
+            self._applications.append(log)
         if self._rank_samples is not None:
             for commit in commits:
                 self._rank_samples[commit.worker.rank] += commit.lease.samples
         if self._ledger is not None and commits:
             self._ledger.append([_as_line(commit) for commit in commits])
 
-    def _evaluate(self) -> JsonObject:
-        """The whole validation split, with the server's weights."""
-        if self._eval_batches is None:
+    def _evaluate_now(self) -> JsonObject:
+        """With the server's weights."""
+        if self._evaluate is None:
             return {}
-        sums = EvalSums(0.0, 0, 0, 0)
-        for batch in self._eval_batches():
-            sums = sums + self._rule.eval_step(batch)
-        self._eval, self._evaluated_at = sums, self._steps
-        loss, accuracy, perplexity = evaluation_numbers(sums)
-        return {"val/loss": loss, "val/accuracy": accuracy, "val/perplexity": perplexity}
+        self._join_evaluation()
+        self._eval, self._evaluated_at = self._evaluate(self._rule.model), self._steps
+        return _as_columns(self._eval)
+
+    def _evaluate_beside(self, step: int) -> None:
+        """With a copy of the weights, on a thread of its own; its row comes later. One at a time."""
+        if self._evaluate is None or (self._evaluation is not None and self._evaluation.is_alive()):
+            return
+        evaluate, model = self._evaluate, copy.deepcopy(self._rule.model)
+
+        def run() -> None:
+            try:
+                self._evaluated.put((step, evaluate(model)))
+            except Exception:  # top of the thread: training goes on without this figure
+                logger.exception("evaluation failed step=%d", step)
+
+        self._evaluation = threading.Thread(target=run, name="evaluate", daemon=True)
+        self._evaluation.start()
+
+    def _join_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.join()
+            self._evaluation = None
+        self._write_evaluated()
+
+    def _write_evaluated(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                step, sums = self._evaluated.get_nowait()
+                row: JsonObject = {"time": 0.0, "rank": 0, "step": step}
+                self._write(row | _as_columns(sums))
 
     def _save(self, *, is_due: bool) -> None:
         """Write a checkpoint, once every gradient of what was dealt is here: it holds those that are not applied."""
@@ -395,6 +439,7 @@ class ServerRole:
         while not self._rule.is_settled():
             self._handle_next(self._rule.deadline())
         self._saved_at = self._steps
+        self._write_commits()
         for log in (self._ledger, self._applications):
             if log is not None:
                 log.sync()
@@ -412,9 +457,10 @@ class ServerRole:
         self._rule.hold = False
 
     def _conclude(self, stopped: bool) -> None:
-        if not stopped and self._steps and self._evaluated_at != self._steps and self._eval_batches is not None:
+        self._join_evaluation()
+        if not stopped and self._steps and self._evaluated_at != self._steps and self._evaluate is not None:
             row: JsonObject = {"time": 0.0, "rank": 0, "step": self._steps - 1}  # a resumed run that was at its end
-            self._write(row | self._evaluate())
+            self._write(row | self._evaluate_now())
         if self._steps:
             self._save(is_due=True)
         for log in (self._ledger, self._applications):
@@ -447,6 +493,11 @@ class ServerRole:
         )
 
 
+def _as_columns(sums: EvalSums) -> JsonObject:
+    loss, accuracy, perplexity = evaluation_numbers(sums)
+    return {"val/loss": loss, "val/accuracy": accuracy, "val/perplexity": perplexity}
+
+
 def _as_line(commit: Commit) -> JsonObject:
     """A line of the ledger."""
     return {
@@ -457,3 +508,77 @@ def _as_line(commit: Commit) -> JsonObject:
         "ranges": [list(part) for part in commit.lease.ranges],
         "samples": commit.lease.samples,
     }
+
+
+def log_of(
+    result: StepResult,
+    pushes: Sequence[Push],
+    ranges: Mapping[int, Sequence[Range]],
+    taus: Sequence[int] = (),
+) -> JsonObject:
+    """What repeats an update: whose gradients, of which samples, computed on which versions, in the order of adding.
+
+    Args:
+        result: what it gave.
+        pushes: in the order in which they were added up.
+        ranges: the samples of each lease.
+        taus: staleness of each part of the only push; empty: the update was not scaled by it.
+    """
+    described: list[JsonValue] = []
+    for push in pushes:
+        parts: list[JsonValue] = [
+            {"lease": lease, "base": base, "ranges": [list(part) for part in ranges[lease]]}
+            for lease, base in zip(push.note.leases, push.note.bases, strict=True)
+        ]
+        described.append(
+            {
+                "session": push.worker.session,
+                "rank": push.worker.rank,
+                "number": push.number,
+                "scale": push.note.scale,
+                "parts": parts,
+            }
+        )
+    return {
+        "event": "update",
+        "step": result.step,
+        "pushes": described,
+        "samples": result.samples,
+        "count": result.count,
+        "tau": max(taus) if taus else None,
+        "lr": result.lr,
+        "loss": json_number(result.loss),
+        "applied": result.applied,
+    }
+
+
+def as_answer(result: StepResult, version: int) -> Answer:
+    """What workers are told of an update."""
+    return Answer(
+        status="applied",
+        step=result.step,
+        loss=json_number(result.loss),
+        count=result.count,
+        samples=result.samples,
+        grad_norm=json_number(result.grad_norm),
+        lr=result.lr,
+        is_skipped=not result.applied,
+        version=version,
+    )
+
+
+def as_result(answer: Answer, spans: int | None = None) -> StepResult | None:
+    """What a worker learns from an answer; None: its push was refused or lost.
+
+    Args:
+        answer: the server's.
+        spans: the number under which this worker has recorded its times, where that is not the step's.
+    """
+    if answer.status != "applied":
+        return None
+    loss = math.nan if answer.loss is None else answer.loss
+    grad_norm = math.inf if answer.grad_norm is None else answer.grad_norm
+    is_applied = not answer.is_skipped
+    return StepResult(
+        answer.step, loss, answer.count, answer.samples, grad_norm, answer.lr, is_applied, spans_until=spans
+    )

@@ -46,6 +46,8 @@ class StepResult:
         lr: learning rate that the update used.
         applied: False when the gradient was not finite and the update was skipped.
         stop: True when some rank asked to stop.
+        spans_until: the number up to which what this rank measured belongs to the step, where an algorithm does not
+            know the step's number while it computes; None: `step` itself.
     """
 
     step: int
@@ -56,6 +58,7 @@ class StepResult:
     lr: float
     applied: bool = True
     stop: bool = False
+    spans_until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -298,7 +298,7 @@ class _Run:
             "train/tokens_per_s": result.count / max(step_s, 1e-9),
             "time/step_s": step_s,
         }
-        row |= self._timing.row(result.step)
+        row |= self._timing.row(result.step if result.spans_until is None else result.spans_until, result.spans_until)
         is_eval_due = is_last or (trainer._eval_steps and (result.step + 1) % trainer._eval_steps == 0)
         if may_evaluate and is_eval_due and trainer._eval_batches:
             row |= self._evaluate()
@@ -389,12 +389,15 @@ class _StepTiming:
             return {}
         return {name: self._telemetry.increase(name) for name in ("link/sent_bytes", "link/recv_bytes")}
 
-    def row(self, step: int) -> JsonObject:
-        """The times of `step`; forgets its spans and all older ones."""
+    def row(self, step: int, until: int | None = None) -> JsonObject:
+        """The times of `step`, or of all steps up to `until`; forgets these spans and all older ones."""
         if self._telemetry is None:
             return {}
-        spans = self._spans.pop(step, [])
-        self._spans = {later: spans for later, spans in self._spans.items() if later > step}
+        if until is None:
+            spans = self._spans.pop(step, [])
+        else:
+            spans = [span for number, found in self._spans.items() if number <= until for span in found]
+        self._spans = {later: found for later, found in self._spans.items() if later > step}
         if not spans:
             return {}  # an algorithm that measures nothing: no zeros that look like measurements
         by_name: dict[str, list[Span]] = {}
