@@ -119,6 +119,7 @@ class EdpWorker:
         self._scaler = LossScaler() if precision == "fp16" else None
         self._outbox = Outbox(port)
         self._leases_ahead = LEASES_AHEAD
+        self._begun = 0  # leases, since it asked last
         self._session = 0
 
     def train_step(self, micro_batches: MicroBatches) -> StepResult | None:
@@ -179,14 +180,18 @@ class EdpWorker:
         return self._outbox.next_result()
 
     def _ask(self, waited: float) -> None:
-        """Ask for a lease in place of the one that is begun, and for more if that had to be waited for."""
+        """Ask for leases in place of those that are begun, half a window at a time; for more if one came late."""
         if self._session != self._port.sessions:
-            self._session, self._leases_ahead = self._port.sessions, LEASES_AHEAD
+            self._session, self._leases_ahead, self._begun = self._port.sessions, LEASES_AHEAD, 0
             waited = 0.0  # for the server to come
-        self._port.ask()
+        self._begun += 1
+        wanted = self._begun if self._begun >= self._leases_ahead // 2 else 0
+        self._begun -= wanted
         if waited > 0.0 and self._leases_ahead < MAX_LEASES_AHEAD:
-            self._port.ask(self._leases_ahead)
+            wanted += self._leases_ahead
             self._leases_ahead *= 2
+        if wanted:
+            self._port.ask(wanted)
 
     def eval_step(self, batch: Batch) -> EvalSums:
         """Loss sum, target count and correct predictions of one batch with this worker's weights; changes nothing."""

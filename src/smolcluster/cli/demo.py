@@ -37,7 +37,6 @@ def demo(
     ran = run_local(config, RANKS, folder, reporter(config, quiet))
     if ran.exit_code != 0 or ran.summary is None or ran.out is None:
         conclude(ran, config, quiet)
-        return
     say("training is done; now the trained model writes")
 
     from smolcluster.run.generate import generate_text

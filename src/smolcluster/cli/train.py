@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from smolcluster.run.resume import ResumePoint
 
 Algorithm: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="NAME", help="How the work is spread: single, classicdp, syncps.")
+    str | None, typer.Option(metavar="NAME", help="How the work is spread: single, classicdp, syncps, edp.")
 ]
 Preset: TypeAlias = Annotated[str | None, typer.Option(metavar="NAME", help="Start from this preset.")]
 ConfigFiles: TypeAlias = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="YAML file; later ones win.")]
@@ -53,7 +53,10 @@ Trace: TypeAlias = Annotated[
 # Accepted so that a script written for a later release is told so, instead of "no such option".
 LATER = "Comes in a later release."
 Respawn: TypeAlias = Annotated[bool, typer.Option("--respawn", help="With --local: start ranks that die again.")]
-Replay: TypeAlias = Annotated[str | None, typer.Option(metavar="RUN", help=LATER)]
+Replay: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="Repeat a run of edp in one process, from its application log."),
+]
 Tui: TypeAlias = Annotated[bool, typer.Option("--tui", help=LATER)]
 Dashboard: TypeAlias = Annotated[bool, typer.Option("--dashboard", help=LATER)]
 MetricsPort: TypeAlias = Annotated[int | None, typer.Option(metavar="PORT", help=LATER)]
@@ -84,7 +87,9 @@ def train(
 
     With a cluster file start one `smolcluster node` on each machine instead.
     """
-    refuse_later(replay=replay, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
+    refuse_later(tui=tui, dashboard=dashboard, metrics_port=metrics_port)
+    if replay is not None:
+        replay_alone(replay, algorithm, out, quiet)
     if respawn and local is None:
         raise ConfigError("--respawn starts processes of this machine again: give --local N with it")
     from smolcluster.run.launcher import launch_from_environment
@@ -121,6 +126,20 @@ def train(
     conclude(ran, resolved, quiet)
 
 
+def replay_alone(run: Path, algorithm: str | None, out: Path | None, quiet: bool) -> NoReturn:
+    """Repeat a run, and end the command."""
+    if algorithm not in (None, "single"):
+        raise ConfigError(f"--replay repeats a run in one process: leave out --algorithm {algorithm}, or give single")
+    from smolcluster.config.load import load_config
+    from smolcluster.run.folder import default_out
+    from smolcluster.run.replay import run_replay
+
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(f"--replay {run}: there is no run folder. Give the folder of a run of edp")
+    config = load_config(files=[run / "config.yaml"], flags={"algorithm": "single"}).config
+    conclude(run_replay(run, out or default_out(config), reporter(config, quiet)), config, quiet)
+
+
 def node(
     hostname: Annotated[str, typer.Option(metavar="NAME", help="This machine's name in the cluster file.")],
     cluster: ClusterFile = None,
@@ -143,7 +162,9 @@ def node(
     metrics_port: MetricsPort = None,
 ) -> None:
     """Be one machine of a cluster. Start it on every machine, in any order, with the same options."""
-    refuse_later(respawn=respawn, replay=replay, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
+    if replay is not None:
+        raise ConfigError("--replay repeats a run in one process: give it to smolcluster train")
+    refuse_later(respawn=respawn, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
     chosen = Choices(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
     from smolcluster.config.hosts import members
     from smolcluster.run.node import NodeOptions, run_node
@@ -302,7 +323,7 @@ def refuse_machines(config: Config) -> None:
         raise ConfigError(f"cluster.num_workers is {count}, but no machines are named. Use --local {count}")
 
 
-def conclude(ran: Ran, config: Config, quiet: bool) -> None:
+def conclude(ran: Ran, config: Config, quiet: bool) -> NoReturn:
     """Print what a run gave, and end the command with its exit code."""
     if ran.error is not None:
         print(f"error: {ran.error}", file=sys.stderr)

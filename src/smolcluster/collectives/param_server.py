@@ -55,23 +55,36 @@ class FlatLayout:
         self.dtypes = list(dict.fromkeys(tensor.dtype for tensor in tensors))
         self._groups = [[i for i, tensor in enumerate(tensors) if tensor.dtype == dtype] for dtype in self.dtypes]
         self._shapes = [tensor.shape for tensor in tensors]
-        self.numels = [sum(tensors[i].numel() for i in group) for group in self._groups]
+        self._counts = [tensor.numel() for tensor in tensors]
+        self.numels = [sum(self._counts[i] for i in group) for group in self._groups]
+        places: dict[int, tuple[int, int]] = {}  # tensor → flat tensor, first element
+        for number, group in enumerate(self._groups):
+            start = 0
+            for i in group:
+                places[i] = (number, start)
+                start += self._counts[i]
+        self._places = [places[i] for i in range(len(tensors))]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """New flat tensors on the CPU with the values of `tensors`; zeros for None."""
-        flats = [torch.empty(numel, dtype=dtype) for numel, dtype in zip(self.numels, self.dtypes, strict=True)]
-        for i, part in enumerate(self.parts(flats)):
-            tensor = tensors[i]
-            part.zero_() if tensor is None else part.copy_(tensor.detach())
+        flats = []
+        for group, dtype in zip(self._groups, self.dtypes, strict=True):
+            pieces = []
+            for i in group:
+                tensor = tensors[i]
+                if tensor is None:
+                    pieces.append(torch.zeros(self._counts[i], dtype=dtype))
+                else:
+                    pieces.append(tensor.detach().reshape(-1).cpu())
+            flats.append(torch.cat(pieces))
         return flats
 
     def parts(self, flats: Sequence[Tensor]) -> list[Tensor]:
         """Views into the flat tensors, one for each tensor, in its shape."""
-        views: dict[int, Tensor] = {}
-        for group, flat in zip(self._groups, flats, strict=True):
-            pieces = torch.split(flat, [self._shapes[i].numel() for i in group])
-            views.update({i: piece.view(self._shapes[i]) for i, piece in zip(group, pieces, strict=True)})
-        return [views[i] for i in range(len(self._shapes))]
+        return [
+            flats[number][start : start + count].view(shape)
+            for (number, start), count, shape in zip(self._places, self._counts, self._shapes, strict=True)
+        ]
 
     def empty(self, codec: Codec | None = None) -> list[Tensor]:
         """Flat tensors to receive into, encoded or not."""

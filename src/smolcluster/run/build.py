@@ -216,7 +216,7 @@ def assemble_server(parts: Parts, port: ServerPort, *, global_batch: int, skip_n
     factory = _remembering(_optimizer_factory(config), optimizers)
     bound = resolved_staleness_bound(config)
     steps = NO_LIMIT if training.max_steps is None else training.max_steps
-    schedule = _schedule(config, _global_batches(parts, global_batch))
+    schedule = _schedule(config, planned_global_batches(parts, global_batch))
     rule: Rule
     if config.algorithm == "edp" and bound != 0:
         total = sum(parts.weights)
@@ -287,7 +287,7 @@ def planned_steps(parts: Parts, global_batch: int) -> int:
     return total_steps(config, parts.data.steps_per_epoch(lease))
 
 
-def _global_batches(parts: Parts, global_batch: int) -> int:
+def planned_global_batches(parts: Parts, global_batch: int) -> int:
     """The run's length in global batches, which is what a learning rate is planned for."""
     config = parts.config
     if not counts_pushes(config):

@@ -29,7 +29,16 @@ from smolcluster.errors import CheckpointError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.resources import peak_rss_bytes
-from smolcluster.run.build import Parts, ServerParts, assemble_server, assemble_worker, counts_pushes, planned_steps
+from smolcluster.run.build import (
+    Parts,
+    ServerParts,
+    assemble_server,
+    assemble_worker,
+    counts_pushes,
+    planned_global_batches,
+    planned_steps,
+)
+from smolcluster.run.replay import APPLICATIONS
 from smolcluster.run.resume import RunMeta, RunProgress
 from smolcluster.run.session import RankResult, held_bytes, optimizer_bytes, run_values
 from smolcluster.run.support import min_ranks
@@ -44,7 +53,6 @@ from smolcluster.transport.base import Listener, Network
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation.json"
-APPLICATIONS = "applications.jsonl"
 # A worker goes on as long as the server lends to it; no number of its own ends it.
 NO_END = 1 << 62
 # A server that is gone is looked for so many patiences: somebody has to start it again, and it has to import torch.
@@ -93,6 +101,9 @@ def run_server(
     applications = None
     if config.algorithm == "edp":
         applications = _open_log(folder / APPLICATIONS, checkpoint, position.application_lines)
+        if not applications.lines:
+            batches = planned_global_batches(parts, parts.global_batch)
+            applications.append([{"event": "run", "global_batch": parts.global_batch, "schedule_steps": batches}])
     generations = _Generations(folder / GENERATION, names[0])
     model = prepare_model(parts.model, config.training.precision, parts.device)
     port = ServerPort(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 
@@ -63,5 +62,11 @@ def leased_batches(
 
 def seed_for(seed: int, ranges: Sequence[Range]) -> None:
     """Seed torch's generators from the run's seed and the samples that are about to be computed."""
-    digest = hashlib.sha256(json.dumps([seed, [list(part) for part in ranges]]).encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    digest = hashlib.sha256(repr((seed, *ranges)).encode()).digest()
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    # Not torch.manual_seed, which notes a stack trace for each kind of device that was never used: 0.5 ms.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(number)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)

@@ -1,0 +1,209 @@
+"""edp: every push is applied, scaled by its staleness, logged, and can be replayed; nothing waits and nothing is lost."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from algorithms.equality import Case, build_simple_nn
+from algorithms.param_servers import NEVER, ParamServerRun, Setting, audit
+from smolcluster.algorithms.edp import MAX_WAITING, EdpServer, EdpWorker, Outbox
+from smolcluster.checkpoint.ledger import LEDGER, read_ledger
+from smolcluster.collectives.param_server import Answer, PushNote, Ticket, WorkerPort
+from smolcluster.telemetry import Telemetry
+from smolcluster.training.optim import optimizer_factory
+from smolcluster.training.schedule import lr_schedule
+
+
+class EdpRun(ParamServerRun):
+    """A run of edp."""
+
+    def make_rule(self) -> Any:
+        case, setting = self.case, self.setting
+        return EdpServer(
+            self.model, optimizer_factory("adamw", 3e-3, 0.1), self.port, self.pool,
+            steps=NEVER if setting.epochs is not None else case.steps,
+            lease_samples=lambda rank: max(1, case.global_batch // setting.workers),
+            precision=case.precision, lr_schedule=lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps),
+            **{**case.options, **setting.server},
+        )  # fmt: skip
+
+    def make_worker(self, model: nn.Module, port: WorkerPort) -> Any:
+        return EdpWorker(model, port, precision=self.case.precision, **self.setting.worker)
+
+
+def updates(run: EdpRun) -> list[dict[str, Any]]:
+    return [row for row in run.rows.rows if "train/loss" in row]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("compression", ["none", "int8"])
+def test_every_sample_counts_once(workers: int, compression: str, tmp_path: Path) -> None:
+    case = Case(precision="fp32")
+    run = EdpRun(case, Setting(workers, epochs=3, compression=compression, folder=tmp_path)).start()
+    result = run.result()
+    assert not run.worker_errors
+    assert result.samples == 3 * case.length
+    assert run.rule.refused == 0
+    audit(tmp_path / LEDGER, case.length, epochs=3)
+
+
+def test_applied_updates_are_pushes(tmp_path: Path) -> None:
+    run = EdpRun(Case(), Setting(3, epochs=3, folder=tmp_path)).start()
+    result = run.result()
+    log = [line for line in run.rule.take_log() if line["event"] == "update"]
+    pushes = [push for line in log for push in line["pushes"]]
+    assert result.steps == len(log) == len(pushes)
+    answered = sum(len([row for row in rows.rows if "train/loss" in row]) for rows in run.worker_rows.values())
+    assert answered == result.steps
+    leases = [part["lease"] for push in pushes for part in push["parts"]]
+    assert sorted(leases) == sorted({line["lease"] for line in read_ledger(tmp_path / LEDGER)})
+
+
+def test_the_learning_rate_is_scaled_by_share_and_staleness() -> None:
+    case = Case(steps=60)
+    run = EdpRun(case, Setting(3)).start()
+    run.result()
+    schedule = lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps)
+    seen = 0
+    log = [line for line in run.rule.take_log() if line["event"] == "update"]
+    for version, line in enumerate(log):
+        (push,) = line["pushes"]
+        tau = max(version - part["base"] for part in push["parts"])
+        assert line["tau"] == tau
+        expected = schedule(seen // case.global_batch) * line["samples"] / case.global_batch / (1 + tau)
+        assert line["lr"] == pytest.approx(expected, rel=1e-15)
+        seen += line["samples"]
+
+
+def test_a_push_on_the_newest_weights_is_not_scaled_down() -> None:
+    """One worker that waits for its weights each time would be plain training; here the first push is fresh."""
+    run = EdpRun(Case(steps=1), Setting(1)).start()
+    run.result()
+    (line,) = [line for line in run.rule.take_log() if line["event"] == "update"]
+    assert line["tau"] == 0
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+def test_k_gates(bound: int) -> None:
+    """A worker K ahead of the slowest computes; one K + 1 ahead is held until that one has caught up."""
+    case = Case(length=200, steps=30)
+    run = EdpRun(case, Setting(2, server={"staleness_bound": bound}))
+    gate = threading.Event()
+    run.gates = {2: gate}  # worker 2 finishes nothing before it opens
+    run.start()
+    finished = run.wait_until_idle(1)
+    gate.set()
+    run.result()
+    assert finished == bound + 1
+
+
+def test_without_a_bound_nobody_is_held() -> None:
+    run = EdpRun(Case(length=200, steps=25), Setting(2))
+    run.gates = {2: threading.Event()}
+    run.start()
+    run.wait_for_steps(15)
+    run.gates[2].set()
+    run.result()
+
+
+def test_a_slow_worker_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    run = EdpRun(Case(), Setting(3, epochs=2, seconds_per_step={3: 0.3}, folder=tmp_path)).start()
+    run.result()
+    samples = {rank: 0 for rank in (1, 2, 3)}
+    for line in read_ledger(tmp_path / LEDGER):
+        samples[line["rank"]] += line["samples"]  # type: ignore[index, operator]
+    assert samples[3] < min(samples[1], samples[2]) / 2
+
+
+def test_a_lost_workers_samples_are_lent_again(tmp_path: Path) -> None:
+    case = Case()
+    run = EdpRun(case, Setting(3, epochs=3, seconds_per_step={1: 0.01, 2: 0.01, 3: 0.01}, folder=tmp_path)).start()
+    run.wait_for_steps(5)
+    run.lose(2)
+    run.result()
+    assert run.worker_ports[2].sessions == 2
+    audit(tmp_path / LEDGER, case.length, epochs=3)
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    case = Case(length=60, global_batch=12)
+    first = EdpRun(case, Setting(2, epochs=3), checkpoint=(tmp_path, 10)).start()
+    first.result()
+    second = EdpRun(case, Setting(2, epochs=3, folder=tmp_path), resume=tmp_path / "step_00000010").start()
+    result = second.result()
+    assert updates(second)[0]["step"] == 10
+    assert result.samples == 3 * 60 - 60  # of ten pushes of six
+
+
+class HeldPort:
+    """A worker's port whose pushes are answered when the test says so."""
+
+    def __init__(self) -> None:
+        self.rank, self.sessions, self.is_closed = 1, 1, False
+        self.pushed: list[tuple[list[Tensor], PushNote, Ticket]] = []
+        self.came = threading.Semaphore(0)
+
+    def push(self, gradients: list[Tensor], note: PushNote) -> Ticket:
+        ticket = Ticket(Telemetry(), lambda: None)
+        self.pushed.append((gradients, note, ticket))
+        self.came.release()
+        return ticket
+
+
+def note_of(lease: int, base: int, count: int, loss: float = 1.0) -> PushNote:
+    return PushNote(
+        leases=(lease,), bases=(base,), loss_sum=loss, count=count, samples=count, scale=1 / count, compute_s=0.1
+    )
+
+
+def test_what_does_not_fit_into_the_queue_is_added_up_and_not_dropped() -> None:
+    port = HeldPort()
+    outbox = Outbox(port)  # type: ignore[arg-type]
+    counts = [4, 2, 8, 2, 16]
+    sums = [torch.full((3,), float(i + 1)) for i in range(5)]  # of the losses' gradients
+    for i, (count, gradient) in enumerate(zip(counts, sums, strict=True)):
+        if i == 1:
+            assert port.came.acquire(timeout=5)  # the first is on its way
+        outbox.put([gradient / count], note_of(i, base=i, count=count))
+    port.pushed[0][2].finish(Answer(status="applied", step=0))
+    assert port.came.acquire(timeout=5)
+    gradients, note, ticket = port.pushed[1]
+    assert (note.leases, note.bases) == ((1, 2, 3, 4), (1, 2, 3, 4))
+    assert (note.count, note.samples, note.loss_sum) == (28, 28, 4.0)
+    mean = gradients[0] / (note.scale * note.count)
+    assert torch.allclose(mean, sum(sums[1:]) / 28)  # type: ignore[arg-type]
+    ticket.finish(Answer(status="applied", step=1))
+    results = outbox.close()
+    assert [result.step for result in results] == [0, 1]
+    assert MAX_WAITING == 1
+
+
+def test_gradients_of_a_lost_session_are_not_pushed_in_the_next() -> None:
+    port = HeldPort()
+    outbox = Outbox(port)  # type: ignore[arg-type]
+    outbox.put([torch.zeros(2)], note_of(0, 0, 1))
+    assert port.came.acquire(timeout=5)
+    outbox.put([torch.zeros(2)], note_of(1, 0, 1))
+    port.sessions = 2  # the server lends the others' leases anew
+    outbox.put([torch.zeros(2)], note_of(7, 0, 1))
+    port.pushed[0][2].finish(Answer(status="lost"))
+    assert port.came.acquire(timeout=5)
+    port.pushed[1][2].finish(Answer(status="applied"))
+    outbox.close()
+    assert [note.leases for _, note, _ in port.pushed] == [(0,), (7,)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    case = Case(build=build_simple_nn, is_text=False)
+    run = EdpRun(case, Setting(2))
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("nan"))
+    run.start()
+    with pytest.raises(Exception, match="the loss is nan"):
+        run.result()
