@@ -70,6 +70,22 @@ class Rows:
         pass
 
 
+class KeptLog:
+    """An application log in memory."""
+
+    def __init__(self) -> None:
+        self.rows: list[JsonObject] = []
+
+    def append(self, rows: Sequence[JsonObject]) -> None:
+        self.rows.extend(rows)
+
+    def sync(self) -> None:
+        pass
+
+    def updates(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["event"] == "update"]
+
+
 @dataclass
 class Setting:
     """How a run over a parameter server differs from the plain one.
@@ -181,8 +197,10 @@ class ParamServerRun:
         self.rows = Rows()
         self.notes: list[str] = []
         self.ledger = None if setting.folder is None else Ledger(setting.folder / LEDGER)
+        self.log = KeptLog()
         self.role = ServerRole(
-            self.rule, self.port, workers=setting.expected or setting.workers, min_workers=setting.min_workers,
+            self.rule, self.port, applications=self.log,  # type: ignore[arg-type]
+            workers=setting.expected or setting.workers, min_workers=setting.min_workers,
             patience=PATIENCE, planned_steps=case.steps, ledger=self.ledger, note=self.notes.append, start=start,
             checkpoint=None if checkpoint is None else lambda progress: self._save(checkpoint[0], progress),
             checkpoint_steps=None if checkpoint is None else checkpoint[1],

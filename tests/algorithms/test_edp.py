@@ -56,7 +56,7 @@ def test_every_sample_counts_once(workers: int, compression: str, tmp_path: Path
 def test_applied_updates_are_pushes(tmp_path: Path) -> None:
     run = EdpRun(Case(), Setting(3, epochs=3, folder=tmp_path)).start()
     result = run.result()
-    log = [line for line in run.rule.take_log() if line["event"] == "update"]
+    log = run.log.updates()
     pushes = [push for line in log for push in line["pushes"]]
     assert result.steps == len(log) == len(pushes)
     answered = sum(len([row for row in rows.rows if "train/loss" in row]) for rows in run.worker_rows.values())
@@ -71,7 +71,7 @@ def test_the_learning_rate_is_scaled_by_share_and_staleness() -> None:
     run.result()
     schedule = lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps)
     seen = 0
-    log = [line for line in run.rule.take_log() if line["event"] == "update"]
+    log = run.log.updates()
     for version, line in enumerate(log):
         (push,) = line["pushes"]
         tau = max(version - part["base"] for part in push["parts"])
@@ -85,7 +85,7 @@ def test_a_push_on_the_newest_weights_is_not_scaled_down() -> None:
     """One worker that waits for its weights each time would be plain training; here the first push is fresh."""
     run = EdpRun(Case(steps=1), Setting(1)).start()
     run.result()
-    (line,) = [line for line in run.rule.take_log() if line["event"] == "update"]
+    (line,) = run.log.updates()
     assert line["tau"] == 0
 
 

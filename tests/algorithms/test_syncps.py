@@ -75,7 +75,9 @@ def test_a_lost_workers_samples_are_dealt_again(tmp_path: Path) -> None:
 
 def test_a_late_push_is_refused_and_its_samples_are_dealt_again(tmp_path: Path) -> None:
     case = Case()
-    setting = Setting(3, epochs=2, server={"timeout": 0.05}, seconds_per_step={1: 0.01, 2: 0.01, 3: 0.3}, folder=tmp_path)
+    setting = Setting(
+        3, epochs=2, server={"timeout": 0.05}, seconds_per_step={1: 0.01, 2: 0.01, 3: 0.3}, folder=tmp_path
+    )
     run = ParamServerRun(case, setting).start()
     result = run.result()
     assert run.rule.refused > 0
