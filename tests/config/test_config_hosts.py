@@ -121,7 +121,6 @@ SAME = {"ip": "10.0.0.1", "port": 5}
             config("single", host_ip=HOSTS),
             "algorithm single runs in one process and has no other machines; choose another --algorithm",
         ),
-        (config("edp", host_ip=HOSTS), "algorithm edp cannot be run over several machines yet; use --local N"),
     ],
 )
 def test_machines_that_cannot_run_together_are_refused(found: Config, message: str) -> None:

@@ -166,18 +166,25 @@ def node(
         raise ConfigError("--replay repeats a run in one process: give it to smolcluster train")
     refuse_later(respawn=respawn, tui=tui, dashboard=dashboard, metrics_port=metrics_port)
     chosen = Choices(preset, config, cluster, override, algorithm, backend, max_steps, quiet)
-    from smolcluster.config.hosts import members
+    from smolcluster.config.hosts import host_names
     from smolcluster.run.node import NodeOptions, run_node
+    from smolcluster.run.support import PARAMETER_SERVERS
 
     # Only rank 0's machine has the run folder, so the others may not find what --resume names.
     resolved, point, folder = plan(chosen, resume, out, leads=False)
-    if resume is not None and point is None and members(resolved)[0].name == hostname:
+    names = host_names(resolved)
+    if resume is not None and point is None and names[:1] == (hostname,):
         resolved, point, folder = plan(chosen, resume, out, leads=True)
     elif resume is not None and point is None:
         chosen.say("rank 0's machine has the run that goes on; this one takes the settings that are given here")
-    note_batch(point, resolved, len(members(resolved)) if point is not None else 1, quiet)
+    note_batch(point, resolved, len(names) if point is not None else 1, quiet)
     options = NodeOptions(folder, reporter(resolved, quiet), token_file, point, skip_nonfinite, trace)
-    conclude(run_node(resolved, hostname, options, say_to_stderr(quiet)), resolved, quiet)
+    run = run_node
+    if resolved.algorithm in PARAMETER_SERVERS:
+        from smolcluster.run.param_server_node import run_param_server_node
+
+        run = run_param_server_node
+    conclude(run(resolved, hostname, options, say_to_stderr(quiet)), resolved, quiet)
 
 
 def say_to_stderr(quiet: bool) -> Callable[[str], None]:

@@ -62,8 +62,6 @@ def members(config: Config) -> tuple[Host, ...]:
     """
     if config.algorithm == "single":
         raise ConfigError("algorithm single runs in one process and has no other machines; choose another --algorithm")
-    if config.algorithm in ("syncps", "edp"):
-        raise ConfigError(f"algorithm {config.algorithm} cannot be run over several machines yet; use --local N")
     hosts = _hosts(config, serves=False)
     _refuse_shared_addresses({host.name: ((host.ip, host.port),) for host in hosts})
     return hosts

@@ -101,7 +101,7 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
     names = [host.name for host in hosts]
     check_supported(config, len(hosts))
     rank_weights(config, names)
-    _check_interface(config, me)
+    check_interface(config, me.name, me.ip)
     say(_role(config, hosts, me))
     if warning := exposure([host.ip for host in hosts], tls=config.cluster.tls):
         say(f"warning: {warning}")
@@ -207,7 +207,7 @@ class _NodeRun:
     def _train(self, join: Callable[[], tuple[World | None, Communicator]], folder: RunFolder | None) -> Ran:
         out = folder.path if folder is not None else None
         try:
-            with _signals(self._stop, self._options.reporter) as training:
+            with stopping_on_signals(self._stop, self._options.reporter) as training:
                 from smolcluster.run.build import prepare
 
                 parts = prepare(self._config, self._rank, self._names, self._local_rank)
@@ -224,7 +224,7 @@ class _NodeRun:
                     # Only rank 0 has a log. Elsewhere this goes to the terminal: there a traceback is for our mistakes.
                     if folder is not None or not isinstance(error, SmolError):
                         logger.exception("rank failed rank=%d", self._rank)
-                    comm.abort(error if isinstance(error, SmolError) else ClusterError(_message(self._rank, error)))
+                    comm.abort(error if isinstance(error, SmolError) else ClusterError(error_text(self._rank, error)))
                     lost = list(world.lost) if world is not None else []
                     if world is not None:
                         comm.close()  # before the folder: late rows of the others may not find it closed
@@ -232,7 +232,7 @@ class _NodeRun:
                     summary = folder.fail(lost) if folder is not None and self._rank not in lost else None
                     trained.set()
                     code = error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
-                    return Ran(code, out, summary, _message(self._rank, error))
+                    return Ran(code, out, summary, error_text(self._rank, error))
         except KeyboardInterrupt:
             return Ran(EXIT_INTERRUPTED, out, folder.fail(has_time=False) if folder is not None else None)
 
@@ -287,7 +287,7 @@ class _NodeRun:
 
 
 @contextlib.contextmanager
-def _signals(stop: threading.Event, reporter: Reporter) -> Iterator[threading.Event]:
+def stopping_on_signals(stop: threading.Event, reporter: Reporter) -> Iterator[threading.Event]:
     """Make Ctrl-C and SIGTERM set `stop`, and end the process if that takes too long, or at the second one.
 
     Yields an event to be set when there is a step to finish; before, a signal also raises KeyboardInterrupt. While it
@@ -350,7 +350,8 @@ def _role(config: Config, hosts: Sequence[Host], me: Host) -> str:
     return f"{role}; rank 0 is {hosts[0].name} at {hosts[0].ip}:{hosts[0].port}"
 
 
-def _check_interface(config: Config, me: Host) -> None:
+def check_interface(config: Config, host: str, ip: str) -> None:
+    """Refuse a `cluster.interface` that does not have this machine's address."""
     name = config.cluster.interface
     if name is None:
         return
@@ -358,10 +359,10 @@ def _check_interface(config: Config, me: Host) -> None:
     if name not in interfaces:
         raise ConfigError(f"cluster.interface is {name}, but this machine has {', '.join(sorted(interfaces))}")
     addresses = [address.address for address in interfaces[name]]
-    if me.ip not in addresses:
+    if ip not in addresses:
         raise ConfigError(
-            f"cluster.interface {name} has the addresses {', '.join(addresses)}, but the cluster file gives {me.name} "
-            f"{me.ip}. Correct one of them"
+            f"cluster.interface {name} has the addresses {', '.join(addresses)}, but the cluster file gives {host} "
+            f"{ip}. Correct one of them"
         )
 
 
@@ -371,7 +372,8 @@ def _digest(hosts: Sequence[Host]) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
-def _message(rank: int, error: Exception) -> str:
+def error_text(rank: int, error: Exception) -> str:
+    """One or two lines for the user."""
     if isinstance(error, SmolError):
         return str(error)
     return (
