@@ -79,6 +79,11 @@ MAX_IN_FLIGHT = 1
 # when all samples are lent, the others wait for.
 LEASES_AHEAD = 2
 MAX_LEASES_AHEAD = 64
+# Of its time, a worker waits at most so much for weights that are about to come.
+WAITING_SHARE = 0.04
+# If that is less than this part of what an answer has taken lately, it does not try. Less than the whole is worth it:
+# answers come faster to a processor that waits.
+WORTH_A_TRY = 0.3
 # Seconds between looks of the pushing thread whether it shall end.
 SLICE = 0.2
 
@@ -118,6 +123,7 @@ class EdpWorker:
         self._device = device
         self._scaler = LossScaler() if precision == "fp16" else None
         self._outbox = Outbox(port)
+        self._grace = Grace()
         self._leases_ahead = LEASES_AHEAD
         self._begun = 0  # leases, since it asked last
         self._session = 0
@@ -139,7 +145,11 @@ class EdpWorker:
         self._ask(lease.waited)
 
         # 1 weights: those that came with the first lease, or have arrived since
-        weights = lease.weights if lease.is_first else self._port.newest_weights()
+        weights = lease.weights
+        if not lease.is_first:
+            wait = self._grace.seconds(began, self._port.weights_came_at())
+            weights = self._port.newest_weights(wait)
+            self._grace.waited(time.monotonic() - began if wait else 0.0, self._port.weights_came_at())
         if weights is not None:
             blend_weights(self._params, weights, layout, 0.0)
             take_constants(self.model, lease.constants)
@@ -177,6 +187,7 @@ class EdpWorker:
             pull=pull,
         )
         self._outbox.put(flats, note)
+        self._grace.handed_over(time.monotonic(), pull=pull)
         return self._outbox.next_result()
 
     def _ask(self, waited: float) -> None:
@@ -213,6 +224,47 @@ class EdpWorker:
 
     def load_state(self, reader: StateReader) -> None:
         """Nothing: weights come from the server."""
+
+
+class Grace:
+    """How long to wait for weights that are about to come: never for more than a small part of the time.
+
+    Weights that have a worker's own last push in them are less stale by one push of every worker than those that it
+    has while that push is on its way: with N workers tau is N - 1 instead of 2N - 1. Where an answer takes little time
+    beside a lease, that is worth the wait.
+    """
+
+    def __init__(self) -> None:
+        self._budget = 0.0
+        self._answer_s = 0.0  # from handing a push over until its weights are here
+        self._handed_over: float | None = None  # the push whose weights have not been seen yet
+        self._began: float | None = None
+
+    def seconds(self, now: float, weights_came_at: float) -> float:
+        """A lease begins: how long it may wait for weights."""
+        if self._began is not None:
+            self._budget = min(self._budget + WAITING_SHARE * (now - self._began), now - self._began)
+        self._began = now
+        self._learn(weights_came_at)
+        if self._handed_over is None or self._budget < WORTH_A_TRY * self._answer_s:
+            return 0.0
+        return min(self._budget, 2 * self._answer_s)
+
+    def waited(self, seconds: float, weights_came_at: float) -> None:
+        """So long it has."""
+        self._budget -= seconds
+        self._learn(weights_came_at)
+
+    def handed_over(self, now: float, *, pull: bool) -> None:
+        """A push is on its way; `pull`: weights come with its answer."""
+        if pull and self._handed_over is None:
+            self._handed_over = now
+
+    def _learn(self, weights_came_at: float) -> None:
+        if self._handed_over is not None and weights_came_at > self._handed_over:
+            took = weights_came_at - self._handed_over
+            self._answer_s = took if not self._answer_s else 0.8 * self._answer_s + 0.2 * took
+            self._handed_over = None
 
 
 @dataclass(slots=True)

@@ -625,7 +625,8 @@ class _Session:
     version: int = 0
     has: list[Tensor] | None = None
     encoder: FeedbackEncoder | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    has_weights: threading.Event = field(default_factory=threading.Event)  # some came since they were last taken
+    weights_came_at: float = 0.0
 
 
 class WorkerPort:
@@ -742,13 +743,27 @@ class WorkerPort:
         if self._session is not None:
             self._session.world.send(SERVER, "ask", {"leases": leases})
 
+    def weights_came_at(self) -> float:
+        """When the last weights arrived (`time.monotonic()`)."""
+        return 0.0 if self._session is None else self._session.weights_came_at
+
     def version(self) -> int:
         """Of the weights that were taken last."""
         return 0 if self._session is None else self._session.version
 
-    def newest_weights(self) -> list[Tensor] | None:
-        """Weights that have arrived since, flat on the CPU; None: none have. Never waits."""
+    def newest_weights(self, timeout: float = 0.0) -> list[Tensor] | None:
+        """Weights that have arrived since, flat on the CPU; None: none have.
+
+        Args:
+            timeout: seconds to wait for some if there are none.
+        """
         session, newest = self._session, None
+        if session is not None and timeout > 0.0 and not session.has_weights.is_set():
+            began = time.monotonic()
+            session.has_weights.wait(timeout)
+            self.telemetry.record("comm_wait", began, time.monotonic(), details={"call": "weights"})
+        if session is not None:
+            session.has_weights.clear()
         while session is not None and session.arriving:
             if not all(work.done() and work.exception() is None for work in session.arriving[0].works):
                 break
@@ -846,8 +861,13 @@ class WorkerPort:
                     session.comm.recv(SERVER, tag=number, out=tensor) for tensor in (*flats, *constants)
                 ]
                 session.arriving.append(_Arriving(version, first, whole, flats, constants, works))
+                works[-1].add_done_callback(lambda _work: self._weights_came(session))
             case _:
                 session.world.abort(PeerLost("the server announced weights in a way that is malformed", SERVER))
+
+    def _weights_came(self, session: _Session) -> None:
+        session.weights_came_at = time.monotonic()
+        session.has_weights.set()
 
     def _answer_came(self, session: _Session, message: JsonObject) -> None:
         try:
