@@ -101,8 +101,10 @@ def trainer_loop(name: str, steps: int, make: Callable[[nn.Module, Any], Any]) -
     data, model = dataset(name), build(name)
     sampler = Sampler(len(data), BATCH[name], 0, 1)
     with tempfile.TemporaryDirectory() as folder, Rows(Path(folder) / "metrics.jsonl") as metrics:
-        steps_of_rank = sampled_steps(data, sampler, 0, max_steps=steps)
-        loader = BatchLoader(steps_of_rank, {"step": 0}, 0, sampler.global_batch)
+        loader = BatchLoader(
+            lambda _position, _weights: sampled_steps(data, sampler, 0, max_steps=steps),
+            sampler.weights, {"step": 0}, 0, sampler.global_batch,
+        )  # fmt: skip
         trainer = Trainer(make(model, optimizer_factory("adamw", 1e-3, 0.01)), loader, steps)
         start = time.perf_counter()
         trainer.run(metrics, None)

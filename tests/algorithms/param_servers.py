@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from algorithms.equality import Case, Outcome
@@ -30,6 +29,7 @@ from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.role import RunContext, TrainerRole
 from smolcluster.training.schedule import lr_schedule
 from smolcluster.training.server import ServerRole
+from smolcluster.training.shares import WorkerShares
 from smolcluster.training.trainer import Progress, Trainer, TrainResult
 from smolcluster.transport.inproc import InprocNetwork
 
@@ -221,7 +221,7 @@ class ParamServerRun:
         steps = NEVER if setting.epochs is not None else case.steps
         return SyncPsServer(
             self.model, optimizer_factory("adamw", 3e-3, 0.1), self.port, self.pool,
-            steps=steps, count_planned=self.count_planned, shares=list(case.shares or [1.0] * 9),
+            steps=steps, count_planned=self.count_planned, shares=WorkerShares(case.shares or [1.0] * 9),
             precision=case.precision, lr_schedule=lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps),
             **{**options, **setting.server},
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""edp: every push is applied, scaled by its staleness, logged, and can be replayed; nothing waits and nothing is lost."""
+"""edp: every push is applied, scaled by its staleness, and logged; nobody waits, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from smolcluster.collectives.param_server import Answer, PushNote, Ticket, Worke
 from smolcluster.telemetry import Telemetry
 from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.schedule import lr_schedule
+from smolcluster.training.shares import WorkerShares
 
 
 class EdpRun(ParamServerRun):
@@ -28,7 +29,7 @@ class EdpRun(ParamServerRun):
         return EdpServer(
             self.model, optimizer_factory("adamw", 3e-3, 0.1), self.port, self.pool,
             steps=NEVER if setting.epochs is not None else case.steps,
-            lease_samples=lambda rank: max(1, case.global_batch // setting.workers),
+            shares=WorkerShares(case.shares or [1.0] * setting.workers),
             precision=case.precision, lr_schedule=lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps),
             **{**case.options, **setting.server},
         )  # fmt: skip
@@ -115,7 +116,7 @@ def test_without_a_bound_nobody_is_held() -> None:
 def test_a_slow_worker_does_not_hold_up_the_others(tmp_path: Path) -> None:
     run = EdpRun(Case(), Setting(3, epochs=2, seconds_per_step={3: 0.3}, folder=tmp_path)).start()
     run.result()
-    samples = {rank: 0 for rank in (1, 2, 3)}
+    samples = dict.fromkeys((1, 2, 3), 0)
     for line in read_ledger(tmp_path / LEDGER):
         samples[line["rank"]] += line["samples"]  # type: ignore[index, operator]
     assert samples[3] < min(samples[1], samples[2]) / 2

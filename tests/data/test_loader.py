@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import pytest
@@ -15,10 +15,12 @@ from smolcluster.data.loader import (
     MAX_PREFETCHED_STEPS,
     MIN_PREFETCHED_STEPS,
     BatchLoader,
+    Step,
     eval_batches,
     sampled_steps,
 )
 from smolcluster.data.sampler import Sampler
+from smolcluster.kinds import JsonObject
 
 DEADLINE = 20.0
 
@@ -62,8 +64,11 @@ def loader_of(
     start_step: int = 0,
     max_steps: int | None = None,
 ) -> BatchLoader:
-    steps = sampled_steps(dataset, sampler, rank, micro_batches, start_step, max_steps)
-    return BatchLoader(steps, {"step": start_step}, rank, sampler.global_batch)
+    def steps_from(position: JsonObject, weights: Sequence[float]) -> Iterator[Step]:
+        shared = Sampler(sampler.length, sampler.global_batch, sampler.seed, weights)
+        return sampled_steps(dataset, shared, rank, micro_batches, int(str(position["step"])), max_steps)
+
+    return BatchLoader(steps_from, sampler.weights, {"step": start_step}, rank, sampler.global_batch)
 
 
 def numbers_of(micro_batches: list[Batch]) -> list[int]:
@@ -283,3 +288,18 @@ def test_evaluation_marks_what_the_dataset_grades() -> None:
 def test_evaluation_in_one_process_is_the_default() -> None:
     batches = list(eval_batches(Numbers(10), 4))
     assert [batch.targets.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize("given", [0, 3, 7])
+@pytest.mark.parametrize("max_steps", [8, 200])
+def test_other_shares_count_from_the_next_step_on(given: int, max_steps: int) -> None:
+    """Also for steps that were prepared already, and where all of them were."""
+    dataset, even, uneven = Numbers(100), Sampler(100, 10, 3, [1, 1]), Sampler(100, 10, 3, [4, 1])
+    with loader_of(dataset, even, rank=1, max_steps=max_steps) as loader:
+        for step in range(given):
+            assert numbers_of(next(loader)) == even.rank_indices(step, 1).tolist()
+        loader.reshare([4, 1])
+        for step in range(given, max_steps):
+            assert numbers_of(next(loader)) == uneven.rank_indices(step, 1).tolist()
+        with pytest.raises(StopIteration):
+            next(loader)

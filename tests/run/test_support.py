@@ -26,7 +26,9 @@ def make_config(**sections: Any) -> Config:
     [
         ({"algorithm": "fsdp"}, "fsdp comes in a later release; available: single, classicdp"),
         ({"backend": "gloo", "cluster": {"tls": True}}, "cluster.tls is of backend tcp; gloo does not encrypt"),
-        ({"cluster": {"shares": "auto"}}, "cluster.shares auto"),
+        ({"algorithm": "syncps", "backend": "gloo"}, "lets workers come and go, which backend gloo cannot"),
+        ({"algorithm": "edp", "data": {"streaming": True}}, "a stream cannot be read at any place"),
+        ({"algorithm": "edp", "cluster": {"min_ranks": 4}}, "min_ranks is 4; with 3 ranks, the server among them"),
         ({"cluster": {"min_ranks": 2}}, "cluster.min_ranks below 3 ranks"),
         ({"training": {"activation_checkpointing": True}}, "training.activation_checkpointing"),
     ],

@@ -50,6 +50,7 @@ from smolcluster.training.flat import (
 from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
 from smolcluster.training.schedule import LrSchedule
 from smolcluster.training.server import Commit, Update, as_answer, as_result, log_of
+from smolcluster.training.shares import WorkerShares
 from smolcluster.training.step import (
     EvalSums,
     LossScaler,
@@ -407,7 +408,7 @@ class EdpServer:
         pool: SamplePool,
         *,
         steps: int,
-        lease_samples: Callable[[int], int],
+        shares: WorkerShares,
         staleness_bound: int | None = None,
         staleness_factor: Callable[[int], float] = inverse,
         grad_clip_norm: float | None = None,
@@ -424,7 +425,7 @@ class EdpServer:
             port: to the workers.
             pool: lends the samples; its global batch is that of all workers together.
             steps: updates of the whole run, at most.
-            lease_samples: samples of a lease for the worker of a rank.
+            shares: the parts of the global batch that the workers' leases are.
             staleness_bound: K, how far a worker may be ahead of the slowest, at least 1; None: as far as it gets.
             staleness_factor: of an update, from tau.
             grad_clip_norm: bound of each push's gradient norm; None: never clipped.
@@ -443,7 +444,7 @@ class EdpServer:
         self._port = port
         self._pool = pool
         self._steps = steps
-        self._lease_samples = lease_samples
+        self._shares = shares
         self._staleness_bound = staleness_bound
         self._staleness_factor = staleness_factor
         self._grad_clip_norm = grad_clip_norm
@@ -488,6 +489,7 @@ class EdpServer:
         member.finished += len(push.note.leases)
         for number in push.note.leases:
             del member.leases[number]
+        self._shares.measured(push.worker.rank, push.note.samples, push.note.compute_s)
         self._arrived.append(push)
 
     def take_commits(self) -> list[Commit]:
@@ -531,7 +533,7 @@ class EdpServer:
         slowest = self._slowest()
         for member in sorted(self._members.values(), key=lambda member: (member.granted, member.worker.rank)):
             while member.wanted > 0 and self._may_begin(member, slowest):
-                leases = self._pool.deal([1.0], self._lease_samples(member.worker.rank))
+                leases = self._pool.deal([1.0], self._lease_samples(member.worker))
                 if not leases:
                     return
                 member.wanted -= 1
@@ -544,6 +546,9 @@ class EdpServer:
                 self._port.lend(
                     member.worker, leases[0], step=self._version, planned=0, version=self._version, weights=weights
                 )
+
+    def _lease_samples(self, worker: Worker) -> int:
+        return max(1, round(self._pool.global_batch * self._shares.part(worker.rank)))
 
     def _may_begin(self, member: _Member, slowest: int | None) -> bool:
         out = sum(len(other.leases) for other in self._members.values()) + len(self._arrived)

@@ -57,6 +57,7 @@ from smolcluster.training.flat import (
 from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
 from smolcluster.training.schedule import LrSchedule
 from smolcluster.training.server import Commit, Update, as_answer, as_result, log_of
+from smolcluster.training.shares import WorkerShares
 from smolcluster.training.step import (
     EvalSums,
     LossScaler,
@@ -251,7 +252,7 @@ class SyncPsServer:
         *,
         steps: int,
         count_planned: Callable[[Sequence[Range]], int],
-        shares: Sequence[float],
+        shares: WorkerShares,
         staleness_bound: int = 0,
         timeout: float | None = None,
         worker_update_interval: int = 1,
@@ -270,7 +271,7 @@ class SyncPsServer:
             pool: lends the samples; a step is one deal of it.
             steps: updates of the whole run, at most.
             count_planned: the targets of some samples.
-            shares: relative weights of the workers, in the order of ranks from 1 on.
+            shares: the workers' relative weights.
             staleness_bound: K, the steps that are dealt ahead.
             timeout: seconds after its first push when a step closes; None: it waits for every worker.
             worker_update_interval: leases of a worker until one brings weights again.
@@ -331,6 +332,7 @@ class SyncPsServer:
         member = self._members.get(session)
         if member is None:
             return
+        self._shares.measured(push.worker.rank, push.note.samples, push.note.compute_s)
         member.computing.discard(number)
         step = next((step for step in self._open if step.waiting.get(session) == number), None)
         if step is None:
@@ -414,7 +416,7 @@ class SyncPsServer:
             self._next_step += 1
 
     def _share(self, member: _Member) -> float:
-        return self._shares[member.worker.rank - 1]
+        return self._shares.weight(member.worker.rank)
 
     def _lend(self, member: _Member, lease: Lease, step: _Gathering) -> None:
         session = member.worker.session

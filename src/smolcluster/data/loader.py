@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import count
 from types import TracebackType
@@ -42,18 +42,29 @@ class BatchLoader:
     Close it (or use `with`); it also ends by itself after the last step. For one consuming thread.
     """
 
-    def __init__(self, steps: Iterable[Step], start: JsonObject, rank: int, global_batch: int) -> None:
+    def __init__(
+        self,
+        make_steps: Callable[[JsonObject, Sequence[float]], Iterable[Step]],
+        weights: Sequence[float],
+        start: JsonObject,
+        rank: int,
+        global_batch: int,
+    ) -> None:
         """Describe the batches; nothing is loaded yet.
 
         Args:
-            steps: makes the steps, on the loader's thread: `sampled_steps` or `streamed_steps`.
+            make_steps: from a position and the ranks' weights to the steps from there on (`sampled_steps` or
+                `streamed_steps`), which are made on the loader's thread.
+            weights: all ranks' relative shares, in rank order.
             start: the position before the first of them.
             rank: whose they are, for the thread's name.
             global_batch: samples of a step over all ranks, for those who ask.
         """
         self.global_batch = global_batch
         self.telemetry: Telemetry | None = None  # set before the first step: a trace then shows when steps were made
-        self._steps = iter(steps)
+        self._make_steps = make_steps
+        self._steps = iter(make_steps(start, weights))
+        self._replaced = 0  # how often
         self._rank = rank
         self._position = start
         self._ready: deque[Step] = deque()
@@ -101,6 +112,19 @@ class BatchLoader:
         """Where a run goes on that has done all steps given so far. What was prepared ahead does not count."""
         return self._position
 
+    def reshare(self, weights: Sequence[float]) -> None:
+        """From the next step on the ranks have other shares. What is prepared is made anew."""
+        with self._changed:
+            self._steps = iter(self._make_steps(self._position, weights))
+            self._replaced += 1
+            self._ready.clear()
+            self._changed.notify_all()
+            ended, self._finished = self._thread if self._finished else None, False
+        if ended is not None and not self._closed:  # it had made the last step; now there are others
+            ended.join(JOIN_TIMEOUT)
+            self._thread = None
+            self._start()
+
     def close(self) -> None:
         """Stop the thread and join it; what it prepared is dropped. Blocks until the batch in work is made."""
         with self._changed:
@@ -121,15 +145,19 @@ class BatchLoader:
     def _run(self) -> None:
         try:
             while self._wait_for_room():
+                with self._changed:
+                    steps, replaced = self._steps, self._replaced
                 with nullcontext() if self.telemetry is None else self.telemetry.traced("load", LOADER):
-                    step = next(self._steps, None)
+                    step = next(steps, None)
+                if self._replaced != replaced:
+                    continue
                 if step is None:
                     return
                 nbytes = sum(batch.inputs.nbytes + batch.targets.nbytes for batch in step[0])
                 with self._changed:
                     fitting = PREFETCHED_BYTES // max(nbytes, 1)
                     self._depth = max(MIN_PREFETCHED_STEPS, min(MAX_PREFETCHED_STEPS, fitting))
-                    if not self._closed:
+                    if not self._closed and self._replaced == replaced:
                         self._ready.append(step)
                         if len(self._ready) == 1:  # only then can somebody be waiting
                             self._changed.notify_all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from smolcluster.data.datasets import ClassesDataset, Dataset, TextDataset
 from smolcluster.data.documents import check_splits, first_windows, split_documents, windows_of, with_text
 from smolcluster.data.files import ENDS, checked_path, kind_of, open_rows, read_text
 from smolcluster.data.hub import open_hub
-from smolcluster.data.loader import BatchLoader, sampled_steps
+from smolcluster.data.loader import BatchLoader, Step, sampled_steps
 from smolcluster.data.mnist import read_mnist
 from smolcluster.data.pydoc_text import load_pydoc
 from smolcluster.data.root import data_root
@@ -129,9 +129,14 @@ class MemoryData:
                 f"dataset {self.train.name} has {len(self.train)} samples, but the checkpoint was written with "
                 f"{samples}. Resume with the same data"
             )
-        sampler = Sampler(len(self.train), global_batch, seed, weights)
-        steps = sampled_steps(self.train, sampler, rank, micro_batches, step, max_steps)
-        return BatchLoader(steps, position, rank, global_batch)
+
+        def steps_from(place: JsonObject, shares: Sequence[float]) -> Iterator[Step]:
+            sampler = Sampler(len(self.train), global_batch, seed, shares)
+            first = place["step"]
+            assert isinstance(first, int), "a position of this loader"
+            return sampled_steps(self.train, sampler, rank, micro_batches, first, max_steps)
+
+        return BatchLoader(steps_from, weights, position, rank, global_batch)
 
 
 class StreamedData:
@@ -165,17 +170,13 @@ class StreamedData:
     ) -> BatchLoader:
         """See TrainingData."""
         place = self._stream.start() if start is None else self._stream.place(start)
-        steps = streamed_steps(
-            self._stream,
-            checked_global_batch(global_batch),
-            seed,
-            checked_weights(weights),
-            rank,
-            micro_batches,
-            place,
-            max_steps,
-        )
-        return BatchLoader(steps, place.to_json(), rank, global_batch)
+        batch = checked_global_batch(global_batch)
+
+        def steps_from(position: JsonObject, shares: Sequence[float]) -> Iterator[Step]:
+            begin, parts = self._stream.place(position), checked_weights(shares)
+            return streamed_steps(self._stream, batch, seed, parts, rank, micro_batches, begin, max_steps)
+
+        return BatchLoader(steps_from, weights, place.to_json(), rank, global_batch)
 
 
 def open_data(

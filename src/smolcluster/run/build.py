@@ -36,6 +36,7 @@ from smolcluster.training.optim import OptimizerFactory, optimizer_factory
 from smolcluster.training.rng import load_rng_state
 from smolcluster.training.schedule import LrSchedule, lr_schedule
 from smolcluster.training.server import Rule
+from smolcluster.training.shares import ShareBalancer, WorkerShares
 from smolcluster.training.strategy import Strategy
 from smolcluster.training.trainer import Progress, Trainer
 
@@ -176,10 +177,12 @@ def assemble(
         max_steps=steps,
     )
     loader.telemetry = comm.telemetry
+    is_auto = config.cluster.shares == "auto" and config.algorithm != "single"
     trainer = Trainer(
         strategy,
         loader,
         steps,
+        balance=ShareBalancer(comm, loader).after_step if is_auto else None,
         eval_batches=lambda: eval_batches(parts.data.validation, resolved_batch_size(config), rank, world_size),
         eval_steps=config.training.eval_steps,
         checkpoint=None if save is None else lambda progress: save(strategy, loader, progress),
@@ -217,16 +220,16 @@ def assemble_server(parts: Parts, port: ServerPort, *, global_batch: int, skip_n
     bound = resolved_staleness_bound(config)
     steps = NO_LIMIT if training.max_steps is None else training.max_steps
     schedule = _schedule(config, planned_global_batches(parts, global_batch))
+    shares = WorkerShares(parts.weights, measures=cluster.shares == "auto")
     rule: Rule
     if config.algorithm == "edp" and bound != 0:
-        total = sum(parts.weights)
         rule = EdpServer(
             parts.model,
             factory,
             port,
             pool,
             steps=steps,
-            lease_samples=lambda rank: max(1, round(global_batch * parts.weights[rank - 1] / total)),
+            shares=shares,
             staleness_bound=bound,
             grad_clip_norm=training.grad_clip_norm,
             lr_schedule=schedule,
@@ -243,7 +246,7 @@ def assemble_server(parts: Parts, port: ServerPort, *, global_batch: int, skip_n
             pool,
             steps=steps,
             count_planned=lambda ranges: data.train.targets_per_sample(range_indices(sampler, ranges)),
-            shares=parts.weights,
+            shares=shares,
             staleness_bound=bound or 0,
             timeout=None if is_edp else cluster.timeout,
             worker_update_interval=1 if is_edp else cluster.worker_update_interval,

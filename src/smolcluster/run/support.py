@@ -40,7 +40,6 @@ def check_supported(config: Config, world_size: int) -> None:
         "training.activation_checkpointing": config.training.activation_checkpointing,
     }
     if config.algorithm != "single":  # which has no cluster: so one file serves both sides of a comparison
-        later["cluster.shares auto"] = config.cluster.shares == "auto"
         if config.algorithm not in PARAMETER_SERVERS:
             later[f"cluster.min_ranks below {world_size} ranks"] = (config.cluster.min_ranks or world_size) < world_size
         if config.cluster.tls and config.backend != "tcp":

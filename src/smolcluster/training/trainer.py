@@ -132,6 +132,7 @@ class Trainer:
         checkpoint_steps: int | None = None,
         start: Progress | None = None,
         endpoint: Endpoint | None = None,
+        balance: Callable[[int, float], None] | None = None,
     ) -> None:
         """Say what to do; `run` does it.
 
@@ -148,7 +149,10 @@ class Trainer:
             checkpoint_steps: call it after every so many updates, and at the end; None: only at the end.
             start: how far the strategy's state is; None: at the beginning.
             endpoint: how this process takes part where it has no communicator.
+            balance: called after every step with the samples that this rank computed and the seconds that forward and
+                backward took; it may communicate, and deal the next steps' samples otherwise.
         """
+        self._balance = balance
         self._endpoint = endpoint
         self._strategy = strategy
         self._batches = batches
@@ -238,13 +242,16 @@ class _Run:
             micro_batches = as_batches(micro_batches)
             if self._stop.is_set():
                 self._strategy.request_stop()
-            self._rank_samples += sum(batch.samples for batch in micro_batches)
+            samples = sum(batch.samples for batch in micro_batches)
+            self._rank_samples += samples
             with self._timing.traced("step"):
                 result = self._strategy.train_step(micro_batches)
             self._computed += 1
             step_s = time.monotonic() - lap
             self._train_s += step_s
             self._timing.collect()
+            if self._trainer._balance is not None:
+                self._trainer._balance(samples, self._timing.compute_s(self._computed - 1))
             if result is not None:
                 self._after_step(result, step_s, may_evaluate=True, is_last=result.step == steps - 1)
                 if result.stop:
@@ -378,6 +385,10 @@ class _StepTiming:
         if self._telemetry is not None:
             for span in self._telemetry.drain():
                 self._spans.setdefault(span.step, []).append(span)
+
+    def compute_s(self, step: int) -> float:
+        """Seconds that forward and backward of a step took whose row is not made yet."""
+        return _total_s([span for span in self._spans.get(step, []) if span.name in ("forward", "backward")])
 
     def traced(self, name: str) -> AbstractContextManager[None]:
         """Shows the time that the body takes in a trace."""
