@@ -177,3 +177,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(bound: int, tmp_path: Path) -> N
     assert [row["train/loss"] for row in second.rows.rows] == rows[20:]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_a_worker_five_times_slower_does_not_slow_the_others() -> None:
+    """Samples per second that count: at least 0.9 of what the others give alone."""
+
+    def rate(workers: int, slow: dict[int, float]) -> float:
+        case = Case(length=400, global_batch=4 * workers, steps=60, build=build_simple_nn, is_text=False)
+        seconds = {1: 0.05, 2: 0.05} | slow
+        run = ParamServerRun(case, Setting(workers, server={"timeout": 0.1}, seconds_per_step=seconds)).start()
+        result = run.result()
+        if slow:
+            assert run.rule.refused > 0
+        return result.samples / result.wall_s
+
+    pairs = [(rate(2, {}), rate(3, {3: 0.25})) for _ in range(3)]
+    # The best of each: a busy machine slows either at random.
+    assert max(slowed for _, slowed in pairs) >= 0.9 * max(alone for alone, _ in pairs)
