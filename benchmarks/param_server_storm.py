@@ -66,7 +66,7 @@ class Fault:
         rank: who was struck, or came.
         at_s: after training began.
         lasts_s: how long it was stopped or cut.
-        back_s: from the end of the fault until a row of this rank is in metrics.jsonl; None: the run ended before.
+        back_s: from the end of the fault until samples of this rank count again; None: the run ended before.
         pause_s: the longest time without an update of the server from the fault until then.
     """
 
@@ -157,11 +157,11 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         """Of metrics.jsonl, which a server that was started again makes shorter."""
-        try:
-            lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        return whole_lines(self.out / "metrics.jsonl")
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """Leases that count."""
+        return whole_lines(self.out / "ledger.jsonl")
 
     def log(self, rank: int) -> str:
         """A rank's log so far."""
@@ -208,6 +208,15 @@ class Run:
             command = ["py-spy", "dump", "-p", str(process.pid)]
             told.append(subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout)
         return "\n".join(told)
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file that may not be there yet, and is being written."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def is_alive(pid: int) -> bool:
@@ -326,12 +335,15 @@ def last_row(run: Run, rank: int) -> float:
     return max((row["time"] for row in run.rows() if row["rank"] == rank), default=0.0)
 
 
-def felt(fault: Fault, rows: list[dict[str, Any]]) -> None:
-    """How long a fault was felt, from the rows of the whole run."""
-    own = min((row["time"] for row in rows if row["rank"] == fault.rank and row["time"] > fault.ended), default=None)
-    fault.back_s = None if own is None else round(own - fault.ended, 2)
-    updates = sorted(row["time"] for row in rows if row["rank"] == 0 and "train/loss" in row)
-    until = own or fault.ended
+def felt(fault: Fault, run: Run) -> None:
+    """How long a fault was felt: from the server's rows, and the ledger, which says whose samples are in which step."""
+    made_at = {row["step"]: row["time"] for row in run.rows() if row["rank"] == 0 and "train/loss" in row}
+    counted = [(line["step"], line["rank"]) for line in run.ledger()]
+    times = [made_at[step] for step, rank in counted if fault.rank in (0, rank) and step in made_at]
+    back = min((when for when in times if when > fault.ended), default=None)
+    fault.back_s = None if back is None else round(back - fault.ended, 2)
+    updates = sorted(made_at.values())
+    until = back or fault.ended
     gaps = [b - a for a, b in itertools.pairwise(updates) if b > fault.began and a < until]
     fault.pause_s = round(max(gaps), 2) if gaps else None
     fault.lasts_s = round(fault.lasts_s, 2)
@@ -424,9 +436,8 @@ def judge(trial: Trial, run: Run, algorithm: str) -> None:
     for process in run.left() if run.is_over() else []:
         trial.problems.append(f"process left: {' '.join(process.cmdline()[1:4])}")
     trial.problems += audit(run.out, SAMPLES, EPOCHS[algorithm])
-    rows = run.rows()
     for fault in trial.faults:
-        felt(fault, rows)
+        felt(fault, run)
     with contextlib.suppress(OSError):
         summary = json.loads((run.out / "summary.json").read_text())
         trial.val_loss, trial.restarts = summary["val_loss"], summary.get("restarts")

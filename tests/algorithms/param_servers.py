@@ -18,7 +18,9 @@ from smolcluster.checkpoint.ledger import LEDGER, Ledger, read_ledger
 from smolcluster.checkpoint.store import open_checkpoint, save_checkpoint
 from smolcluster.cluster.sessions import Newcomer, Reception, SessionWorld, join_session
 from smolcluster.collectives.codec import codec_for
-from smolcluster.collectives.param_server import FlatLayout, ServerPort, WorkerPort
+from smolcluster.collectives.flat import FlatLayout
+from smolcluster.collectives.param_server import ServerPort
+from smolcluster.collectives.param_worker import WorkerPort
 from smolcluster.data.batch import NO_TARGET, Batch
 from smolcluster.data.leases import Range, SamplePool, range_indices
 from smolcluster.data.sampler import Sampler

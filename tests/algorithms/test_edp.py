@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from algorithms.equality import Case, build_simple_nn
 from algorithms.param_servers import NEVER, ParamServerRun, Setting, audit
-from smolcluster.algorithms.edp import MAX_WAITING, EdpServer, EdpWorker, Outbox
+from smolcluster.algorithms.edp import EdpServer, EdpWorker
 from smolcluster.checkpoint.ledger import LEDGER, read_ledger
-from smolcluster.collectives.param_server import Answer, PushNote, Ticket, WorkerPort
+from smolcluster.collectives.param_messages import Answer, PushNote
+from smolcluster.collectives.param_worker import Ticket, WorkerPort
 from smolcluster.telemetry import Telemetry
 from smolcluster.training.optim import optimizer_factory
+from smolcluster.training.outbox import MAX_WAITING, Outbox
 from smolcluster.training.schedule import lr_schedule
 from smolcluster.training.shares import WorkerShares
 

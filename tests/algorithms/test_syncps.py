@@ -12,7 +12,7 @@ import torch
 from algorithms.equality import Case, build_simple_nn, run_single
 from algorithms.param_servers import ParamServerRun, Setting, audit, check_against
 from smolcluster.checkpoint.ledger import LEDGER, read_ledger
-from smolcluster.collectives.param_server import FlatLayout
+from smolcluster.collectives.flat import FlatLayout
 from smolcluster.errors import PeerLost
 from smolcluster.training.flat import blend_weights
 

@@ -11,7 +11,7 @@ Step      worker: 1 take weights that have come  2 zero_grad, forward/backward o
           4 answer; send weights if the worker wants some. A step is one update on the server.
 Cost      a worker sends S bytes per push and receives S per worker_update_interval of its leases (S = gradient bytes),
           both hidden behind computing. Memory: the server holds the optimizer state and arriving pushes, a worker
-          weights, arriving weights, and up to MAX_WAITING + MAX_IN_FLIGHT + 1 gradients.
+          weights, arriving weights, and up to three gradients (training/outbox.py).
 Staleness unbounded by default. With staleness_bound K a worker whose finished gradients are more than K ahead of the
           slowest worker's gets no lease until that one has caught up; K = 0 is strict syncps.
 Breaks if all machines are alike and the network is good: use classicdp, whose updates are all fresh. If tau becomes
@@ -25,7 +25,6 @@ Try       smolcluster train --algorithm edp --preset single_mnist --local 4
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,7 +33,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from smolcluster.collectives.param_server import Answer, Push, PushNote, ServerPort, Ticket, Worker, WorkerPort
+from smolcluster.collectives.param_messages import Answer, PushNote
+from smolcluster.collectives.param_server import Push, ServerPort, Worker
+from smolcluster.collectives.param_worker import WorkerPort
 from smolcluster.data.batch import Batch
 from smolcluster.data.leases import Lease, SamplePool
 from smolcluster.kinds import JsonObject
@@ -48,8 +49,9 @@ from smolcluster.training.flat import (
     unscale,
 )
 from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
+from smolcluster.training.outbox import Grace, Outbox
 from smolcluster.training.schedule import LrSchedule
-from smolcluster.training.server import Commit, Update, as_answer, as_result, log_of
+from smolcluster.training.server import Commit, Update, as_answer, log_of
 from smolcluster.training.shares import WorkerShares
 from smolcluster.training.step import (
     EvalSums,
@@ -70,23 +72,11 @@ from smolcluster.training.step import (
     prepare_model,
 )
 
-# Gradients that wait to be pushed; one more is added to the youngest of them. More would only wait longer: what a
-# gradient waits for here makes it stale.
-MAX_WAITING = 1
-# Pushes that are not answered yet.
-MAX_IN_FLIGHT = 1
 # Leases that a worker holds at first: one to compute and one to go on with. Whoever still has to wait for one asks for
 # twice as many, until it holds what it computes in the time in which one comes. But not without end: what it holds
 # when all samples are lent, the others wait for.
 LEASES_AHEAD = 2
 MAX_LEASES_AHEAD = 64
-# Of its time, a worker waits at most so much for weights that are about to come.
-WAITING_SHARE = 0.04
-# If that is less than this part of what an answer has taken lately, it does not try. Less than the whole is worth it:
-# answers come faster to a processor that waits.
-WORTH_A_TRY = 0.3
-# Seconds between looks of the pushing thread whether it shall end.
-SLICE = 0.2
 
 
 def inverse(tau: int) -> float:
@@ -225,155 +215,6 @@ class EdpWorker:
 
     def load_state(self, reader: StateReader) -> None:
         """Nothing: weights come from the server."""
-
-
-class Grace:
-    """How long to wait for weights that are about to come: never for more than a small part of the time.
-
-    Weights that have a worker's own last push in them are less stale by one push of every worker than those that it
-    has while that push is on its way: with N workers tau is N - 1 instead of 2N - 1. Where an answer takes little time
-    beside a lease, that is worth the wait.
-    """
-
-    def __init__(self) -> None:
-        self._budget = 0.0
-        self._answer_s = 0.0  # from handing a push over until its weights are here
-        self._handed_over: float | None = None  # the push whose weights have not been seen yet
-        self._began: float | None = None
-
-    def seconds(self, now: float, weights_came_at: float) -> float:
-        """A lease begins: how long it may wait for weights."""
-        if self._began is not None:
-            self._budget = min(self._budget + WAITING_SHARE * (now - self._began), now - self._began)
-        self._began = now
-        self._learn(weights_came_at)
-        if self._handed_over is None or self._budget < WORTH_A_TRY * self._answer_s:
-            return 0.0
-        return min(self._budget, 2 * self._answer_s)
-
-    def waited(self, seconds: float, weights_came_at: float) -> None:
-        """So long it has."""
-        self._budget -= seconds
-        self._learn(weights_came_at)
-
-    def handed_over(self, now: float, *, pull: bool) -> None:
-        """A push is on its way; `pull`: weights come with its answer."""
-        if pull and self._handed_over is None:
-            self._handed_over = now
-
-    def _learn(self, weights_came_at: float) -> None:
-        if self._handed_over is not None and weights_came_at > self._handed_over:
-            took = weights_came_at - self._handed_over
-            self._answer_s = took if not self._answer_s else 0.8 * self._answer_s + 0.2 * took
-            self._handed_over = None
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """Gradients that wait to be pushed, added up. Only those of one session: its leases end with it."""
-
-    session: int
-    gradients: list[Tensor]
-    note: PushNote
-
-    def merge(self, gradients: list[Tensor], note: PushNote) -> None:
-        """Add one more, in place. The sums keep the scale of the first."""
-        mine = self.note
-        for flat, other in zip(self.gradients, gradients, strict=True):
-            flat.add_(other, alpha=mine.scale / note.scale)
-        is_known = mine.loss_sum is not None and note.loss_sum is not None
-        self.note = PushNote(
-            leases=(*mine.leases, *note.leases),
-            bases=(*mine.bases, *note.bases),
-            loss_sum=(mine.loss_sum or 0.0) + (note.loss_sum or 0.0) if is_known else None,
-            count=mine.count + note.count,
-            samples=mine.samples + note.samples,
-            scale=mine.scale,
-            compute_s=mine.compute_s + note.compute_s,
-            missing=tuple(sorted({*mine.missing} & {*note.missing})),
-            pull=mine.pull or note.pull,
-        )
-
-
-class Outbox:
-    """Pushes in the background, on a thread of its own. What does not fit into its queue is added up, never dropped."""
-
-    def __init__(self, port: WorkerPort) -> None:
-        self._port = port
-        self._changed = threading.Condition()
-        self._waiting: deque[_Waiting] = deque()
-        self._in_flight: deque[tuple[int, Ticket]] = deque()  # (the push's last lease, ticket)
-        self._results: deque[StepResult] = deque()
-        self._error: BaseException | None = None
-        self._is_closing = False
-        self._thread: threading.Thread | None = None
-
-    def put(self, gradients: list[Tensor], note: PushNote) -> None:
-        """Push this when its turn comes. Never waits.
-
-        Raises:
-            SmolError: the pushing thread has failed.
-        """
-        with self._changed:
-            if self._error is not None:
-                raise self._error
-            session = self._port.sessions
-            last = self._waiting[-1] if self._waiting else None
-            if len(self._waiting) >= MAX_WAITING and last is not None and last.session == session:
-                last.merge(gradients, note)
-            else:
-                self._waiting.append(_Waiting(session, gradients, note))
-            self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"push {self._port.rank}", daemon=True)
-            self._thread.start()
-
-    def next_result(self) -> StepResult | None:
-        """What an answered push gave, oldest first; None: nothing new."""
-        with self._changed:
-            return self._results.popleft() if self._results else None
-
-    def close(self) -> list[StepResult]:
-        """End the thread; the results that are left. The run is over: what still waits is not wanted any more."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        return list(self._results)
-
-    def _run(self) -> None:
-        try:
-            while (item := self._next()) is not None:
-                ticket = self._port.push(item.gradients, item.note)
-                self._in_flight.append((item.note.leases[-1], ticket))
-                self._collect(at_most=MAX_IN_FLIGHT - 1)
-            self._collect(at_most=0)
-        except BaseException as error:  # noqa: BLE001 - a thread's top: `put` raises it
-            with self._changed:
-                self._error = error
-
-    def _next(self) -> _Waiting | None:
-        """The oldest that waits; None once the outbox or the port closes."""
-        while True:
-            with self._changed:
-                while self._waiting and self._waiting[0].session != self._port.sessions:
-                    self._waiting.popleft()  # the server has given these leases to others
-                if self._is_closing or self._port.is_closed:
-                    return None
-                if self._waiting:
-                    return self._waiting.popleft()
-                self._changed.wait(SLICE)
-            self._collect(at_most=len(self._in_flight))
-
-    def _collect(self, at_most: int) -> None:
-        """Take answers until at most so many are missing, and all that are there."""
-        while self._in_flight and (len(self._in_flight) > at_most or self._in_flight[0][1].done()):
-            lease, ticket = self._in_flight.popleft()
-            result = as_result(ticket.wait(is_hidden=True), spans=lease)
-            if result is not None:
-                with self._changed:
-                    self._results.append(result)
 
 
 @dataclass(slots=True)

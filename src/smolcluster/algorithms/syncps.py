@@ -33,15 +33,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from smolcluster.collectives.param_server import (
-    Answer,
-    Push,
-    PushNote,
-    ServerPort,
-    Ticket,
-    Worker,
-    WorkerPort,
-)
+from smolcluster.collectives.param_messages import Answer, PushNote
+from smolcluster.collectives.param_server import Push, ServerPort, Worker
+from smolcluster.collectives.param_worker import Ticket, WorkerPort
 from smolcluster.data.batch import Batch
 from smolcluster.data.leases import Lease, Range, SamplePool
 from smolcluster.kinds import JsonObject

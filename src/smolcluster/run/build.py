@@ -15,7 +15,8 @@ from smolcluster.algorithms.single import Single
 from smolcluster.algorithms.syncps import SyncPsServer, SyncPsWorker
 from smolcluster.checkpoint.state import StateReader
 from smolcluster.collectives.base import Communicator
-from smolcluster.collectives.param_server import ServerPort, WorkerPort
+from smolcluster.collectives.param_server import ServerPort
+from smolcluster.collectives.param_worker import WorkerPort
 from smolcluster.config.schema import (
     Config,
     resolved_batch_size,

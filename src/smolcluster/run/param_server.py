@@ -20,7 +20,9 @@ from smolcluster.checkpoint.reader import Checkpoint
 from smolcluster.checkpoint.store import discard_after, open_checkpoint, prune, save_checkpoint
 from smolcluster.cluster.sessions import Newcomer, Reception, SessionWorld, join_session
 from smolcluster.collectives.codec import codec_for
-from smolcluster.collectives.param_server import FlatLayout, ServerPort, Worker, WorkerPort
+from smolcluster.collectives.flat import FlatLayout
+from smolcluster.collectives.param_server import ServerPort, Worker
+from smolcluster.collectives.param_worker import WorkerPort
 from smolcluster.config.schema import resolved_batch_size
 from smolcluster.data.loader import eval_batches
 from smolcluster.data.sampler import Sampler

@@ -28,7 +28,8 @@ from smolcluster.transport.tcp import TcpNetwork, format_address, listen
 
 if TYPE_CHECKING:
     from smolcluster.cluster.sessions import SessionWorld
-    from smolcluster.collectives.param_server import Worker, WorkerPort
+    from smolcluster.collectives.param_server import Worker
+from smolcluster.collectives.param_worker import WorkerPort
 
 logger = logging.getLogger(__name__)
 

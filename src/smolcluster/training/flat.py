@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from smolcluster.collectives.param_server import FlatLayout
+from smolcluster.collectives.flat import FlatLayout
 from smolcluster.training.step import LossScaler
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from smolcluster.collectives.param_server import Lease, WorkerPort
+from smolcluster.collectives.param_worker import Lease, WorkerPort
 from smolcluster.data.batch import Batch
 from smolcluster.data.datasets import Dataset
 from smolcluster.data.leases import Range, range_indices

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from smolcluster.checkpoint.ledger import Ledger
 from smolcluster.checkpoint.state import Shard, StateReader
-from smolcluster.collectives.param_server import Answer, Asked, Event, Joined, Left, Push, ServerPort, Worker
+from smolcluster.collectives.param_messages import Answer
+from smolcluster.collectives.param_server import Asked, Event, Joined, Left, Push, ServerPort, Worker
 from smolcluster.data.leases import Lease, Range
 from smolcluster.errors import PeerLost, SmolError
 from smolcluster.kinds import JsonObject, JsonValue
