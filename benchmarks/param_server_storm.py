@@ -116,6 +116,8 @@ class Run:
             "training.epochs": epochs,
             "training.batch_size": 32,
             "checkpoint.steps": 100,
+            # Down to 0: with a constant one a sample more or less in the last updates changes the loss by 2 %.
+            "lr_schedule.kind": "cosine",
         }
         self._arguments = ["--algorithm", algorithm, "--preset", "single_mnist", "--quiet", "--out", str(self.out)]
         self._arguments += [text for key, value in overrides.items() for text in ("--override", f"{key}={value}")]
@@ -174,6 +176,10 @@ class Run:
             return node.pid if node.poll() is None else None
         found = [int(pid) for number, pid in STARTED.findall(self.log(rank)) if int(number) == rank]
         return found[-1] if found and is_alive(found[-1]) else None
+
+    def has_worker(self) -> bool:
+        """Whether the server has let one in; it then waits some patiences for the others."""
+        return "worker joined rank=" in self.log(0)
 
     def is_in(self, rank: int) -> bool:
         """Whether a worker's newest process has a session."""
@@ -295,8 +301,8 @@ class Storm:
         return fault
 
     def join(self) -> Fault | None:
-        """One more machine."""
-        if not self.wait(self.dice.uniform(0.0, 4.0)):
+        """One more machine. It takes some seconds to import torch, the server to begin without it."""
+        if not self.wait(self.dice.uniform(0.5, 3.5)):
             return None
         rank = self.absent.pop(self.dice.randrange(len(self.absent)))
         fault = self._fault(rank)
@@ -335,11 +341,14 @@ def last_row(run: Run, rank: int) -> float:
     return max((row["time"] for row in run.rows() if row["rank"] == rank), default=0.0)
 
 
-def felt(fault: Fault, run: Run) -> None:
+def felt(fault: Fault, run: Run, kind: str) -> None:
     """How long a fault was felt: from the server's rows, and the ledger, which says whose samples are in which step."""
     made_at = {row["step"]: row["time"] for row in run.rows() if row["rank"] == 0 and "train/loss" in row}
-    counted = [(line["step"], line["rank"]) for line in run.ledger()]
-    times = [made_at[step] for step, rank in counted if fault.rank in (0, rank) and step in made_at]
+    counted = [line for line in run.ledger() if fault.rank in (0, line["rank"]) and line["step"] in made_at]
+    if kind == "kill":  # what it had pushed before counts too
+        before = {line["session"] for line in counted if made_at[line["step"]] <= fault.began}
+        counted = [line for line in counted if line["session"] not in before]
+    times = [made_at[line["step"]] for line in counted]
     back = min((when for when in times if when > fault.ended), default=None)
     fault.back_s = None if back is None else round(back - fault.ended, 2)
     updates = sorted(made_at.values())
@@ -390,7 +399,7 @@ def strike(
         storm = Storm(run, dice, trial, netlab)
         start(run, storm, kind, wanted, netlab)
         began = time.monotonic()
-        if not storm.wait(START_LIMIT, lambda: last_row(run, 0) > 0):
+        if not storm.wait(START_LIMIT, run.has_worker if kind == "join" else lambda: last_row(run, 0) > 0):
             trial.problems.append("training did not begin")
         storm.began = time.time()
         while len(trial.faults) < wanted and not trial.problems:
@@ -401,8 +410,12 @@ def strike(
         began_waiting = time.monotonic()
         while not run.is_over() and time.monotonic() < began_waiting + limit + FAULT_LIMIT * len(trial.faults):
             time.sleep(0.1)
+            if kind == "join" and run.processes["host0"].poll() is not None:
+                leave_out_late(trial, run)
         trial.wall_s = round(time.monotonic() - began, 1)
-        judge(trial, run, algorithm)
+        judge(trial, run, algorithm, kind)
+        if kind == "join":
+            leave_out_early(trial, run)
 
 
 def start(run: Run, storm: Storm, kind: str, wanted: int, netlab: Netlab | None) -> None:
@@ -422,7 +435,27 @@ def start(run: Run, storm: Storm, kind: str, wanted: int, netlab: Netlab | None)
             run.start_node(rank, None if netlab is None else netlab.on_host(rank))
 
 
-def judge(trial: Trial, run: Run, algorithm: str) -> None:
+def leave_out_late(trial: Trial, run: Run) -> None:
+    """Machines that were still starting when the run was over: they look for a server that nobody will start."""
+    for fault in list(trial.faults):
+        if all(line["rank"] != fault.rank for line in run.ledger()):
+            trial.faults.remove(fault)
+            trial.notes.append(f"rank {fault.rank} came when the run was over")
+            late = run.processes.pop(f"host{fault.rank}")
+            late.kill()
+            late.wait()
+
+
+def leave_out_early(trial: Trial, run: Run) -> None:
+    """Machines that came before the run had begun: they have joined nothing."""
+    with contextlib.suppress(OSError):
+        joined = json.loads((run.out / "summary.json").read_text())["joined_ranks"]
+        for fault in [fault for fault in trial.faults if fault.rank not in joined]:
+            trial.faults.remove(fault)
+            trial.notes.append(f"rank {fault.rank} came before the run had begun")
+
+
+def judge(trial: Trial, run: Run, algorithm: str, kind: str) -> None:
     """What the run was to do and did not."""
     if not run.is_over():
         running = [name for name, process in run.processes.items() if process.poll() is None]
@@ -433,11 +466,11 @@ def judge(trial: Trial, run: Run, algorithm: str) -> None:
             said = (run.folder / f"output-{name}").read_text(errors="replace").strip().splitlines()
             last = said[-1].replace(str(run.folder), "...") if said else ""
             trial.problems.append(f"{name} ended with {process.poll()}: {last[:300]}")
-    for process in run.left() if run.is_over() else []:
-        trial.problems.append(f"process left: {' '.join(process.cmdline()[1:4])}")
+    for left in run.left() if run.is_over() else []:
+        trial.problems.append(f"process left: {' '.join(left.cmdline()[1:4])}")
     trial.problems += audit(run.out, SAMPLES, EPOCHS[algorithm])
     for fault in trial.faults:
-        felt(fault, run)
+        felt(fault, run, kind)
     with contextlib.suppress(OSError):
         summary = json.loads((run.out / "summary.json").read_text())
         trial.val_loss, trial.restarts = summary["val_loss"], summary.get("restarts")
@@ -458,6 +491,11 @@ def compare(trial: Trial, reference: dict[str, Any]) -> None:
         trial.problems.append(f"validation loss {trial.val_loss:.4f} is {trial.loss_deviation:+.1%} from undisturbed")
 
 
+def settings_of(algorithm: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a run without a fault must have in common with one that has some."""
+    return {"epochs": EPOCHS[algorithm], "workers": options.workers, "lr_schedule": "cosine"}
+
+
 def measure_reference(algorithm: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs without a fault: validation losses, their median, how far they are apart, and how long they take."""
     losses, walls, problems = [], [], []
@@ -476,8 +514,8 @@ def measure_reference(algorithm: str, options: argparse.Namespace) -> dict[str, 
                 run.end()
     median = statistics.median(losses)
     spread = round((max(losses) - min(losses)) / median, 4)
-    settings = {"epochs": EPOCHS[algorithm], "workers": options.workers}
-    return {**settings, "val_losses": losses, "median": median, "spread": spread, "wall_s": walls, "problems": problems}
+    measured = {"val_losses": losses, "median": median, "spread": spread, "wall_s": walls, "problems": problems}
+    return {**settings_of(algorithm, options), **measured}
 
 
 @contextlib.contextmanager
@@ -531,10 +569,16 @@ def entry(algorithm: str, kind: str, trials: list[Trial], reference: dict[str, A
         "loss_deviation_max": max(deviations, key=abs, default=None),
         "back_s_max": max((fault.back_s for fault in faults if fault.back_s is not None), default=None),
         "pause_s_max": max((fault.pause_s for fault in faults if fault.pause_s is not None), default=None),
-        "measured": machine.describe(),
+        "measured": described(),
         "reference": reference,
         "trials": [as_json(trial) for trial in trials],
     }
+
+
+def described() -> dict[str, Any]:
+    """Where it was measured, without this machine's paths."""
+    told = machine.describe()
+    return told | {"command": re.sub(r" --(keep|out|netlab)[ =]\S+", "", told["command"])}
 
 
 def missing(kind: str, netlab: Path) -> str | None:
@@ -564,7 +608,7 @@ def main() -> None:
     before = json.loads(options.out.read_text()) if options.out.exists() else {"references": {}, "storms": []}
     references, algorithm = before["references"], options.algorithm
     known = references.get(algorithm, {})
-    settings = {"epochs": EPOCHS[algorithm], "workers": options.workers}
+    settings = settings_of(algorithm, options)
     if options.reference or {key: known.get(key) for key in settings} != settings:
         references[algorithm] = measure_reference(algorithm, options)
         print(algorithm, "reference", json.dumps(references[algorithm]), flush=True)
@@ -588,7 +632,7 @@ def main() -> None:
 def write(path: Path, references: dict[str, Any], storms: dict[tuple[str, str], dict[str, Any]]) -> None:
     """The results file; other storms stay as they are."""
     ordered = [storms[key] for key in sorted(storms)]
-    figures = {"measured": machine.describe(), "references": references, "storms": ordered}
+    figures = {"measured": described(), "references": references, "storms": ordered}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

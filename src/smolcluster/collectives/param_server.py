@@ -163,6 +163,7 @@ class ServerPort:
         self._lock = threading.Lock()
         self._clients: dict[int, _Client] = {}
         self._opened = opened
+        self._granted: dict[int, Worker] = {}  # sessions whose connections are being opened
         self._waiting_since: dict[str, float] = {}
 
     # ---- for the Reception
@@ -182,9 +183,8 @@ class ServerPort:
             self._make_room(newcomer)
             self._generation += 1
             worker = Worker(self._generation, newcomer.rank, newcomer.name)
-            members = [client.worker for client in self._clients.values() if not client.is_gone]
-            if self._record is not None:
-                self._record(self._generation, [*members, worker])
+            self._granted[worker.session] = worker
+            self._record_members()
             # The session has the generation's number: unique, also where the server is started again.
             return Granted(self._generation, self._generation)
 
@@ -211,9 +211,14 @@ class ServerPort:
             )
         except SmolError:
             world.close()
+            with self._lock:
+                del self._granted[worker.session]
+                self._generation += 1
+                self._record_members()
             raise
         client = _Client(worker, newcomer.instance, world, comm)
         with self._lock:
+            del self._granted[worker.session]
             if any(c.worker.rank == worker.rank and not c.is_gone for c in self._clients.values()):
                 is_doubled = True  # two asked at once, and the other was faster
             else:
@@ -387,10 +392,15 @@ class ServerPort:
                 return
             client.is_gone = True
             self._generation += 1
-            members = [other.worker for other in self._clients.values() if not other.is_gone]
-            if self._record is not None:
-                self._record(self._generation, members)
+            self._record_members()
         self._events.put(Left(client.worker, error))
+
+    def _record_members(self) -> None:
+        """Those that are here, and those that are just beginning. With the lock."""
+        members = [client.worker for client in self._clients.values() if not client.is_gone]
+        if self._record is not None:
+            everyone = [*members, *self._granted.values()]
+            self._record(self._generation, sorted(everyone, key=lambda worker: worker.rank))
 
 
 def _payload(message: JsonObject) -> JsonObject:

@@ -1,0 +1,224 @@
+"""Runs over a parameter server through the command line, in processes of their own, over TCP; also when some die."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+SOURCE = str(Path(__file__).parent.parent.parent / "src")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
+SAMPLES = 1437  # of digits
+COMMON = [
+    "--preset", "classicdp_digits", "--override", "training.precision=fp64", "--override", "training.eval_steps=null",
+    "--override", "cluster.patience=3",
+]  # fmt: skip
+
+
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        [sys.executable, "-c", "from smolcluster.cli import main; main()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**kept, "PYTHONPATH": SOURCE, **variables},
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 100) -> str:
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def train(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return start("train", *COMMON, "--out", str(folder), *arguments)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def rows(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in found if row["rank"] == rank and "train/loss" in row]
+
+
+def process_of(folder: Path, rank: int) -> psutil.Process:
+    """The newest process of a rank."""
+    log = (folder / "logs" / f"rank{rank}.log").read_text()
+    return psutil.Process(int(re.findall(rf"rank started rank={rank} world_size=\d+ pid=(\d+)", log)[-1]))
+
+
+def wait_for(condition: Any, timeout: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def check_ledger(folder: Path, epochs: int) -> None:
+    """Every sample of every epoch counts once."""
+    seen: Counter[tuple[int, int]] = Counter()
+    for line in (folder / "ledger.jsonl").read_text().splitlines():
+        for epoch, begin, end in json.loads(line)["ranges"]:
+            seen.update((epoch, place) for place in range(begin, end))
+    assert seen == Counter((epoch, place) for epoch in range(epochs) for place in range(SAMPLES))
+
+
+def test_syncps_equals_single_and_fills_the_run_folder(tmp_path: Path) -> None:
+    shared = ["--max-steps", "40", "--override", "cluster.staleness_bound=1"]
+    servers = train(tmp_path / "ps", "--algorithm", "syncps", "--local", "3", *shared)
+    finish(servers)
+    kept = summary(tmp_path / "ps")
+    size = rows(tmp_path / "ps")[0]["train/samples"]
+    single = ["--algorithm", "single", "--override", f"training.batch_size={size}"]
+    finish(train(tmp_path / "single", *single, *shared))
+    reference = summary(tmp_path / "single")
+    for mine, theirs in zip(rows(tmp_path / "ps"), rows(tmp_path / "single"), strict=True):
+        assert (mine["step"], mine["train/samples"]) == (theirs["step"], theirs["train/samples"])
+        assert abs(mine["train/loss"] - theirs["train/loss"]) < 1e-11
+    assert abs(kept["val_loss"] - reference["val_loss"]) < 1e-11
+    assert (kept["world_size"], kept["lost_ranks"], kept["joined_ranks"]) == (3, [], [])
+    assert kept["rank_samples"] == [0, kept["samples"] // 2, kept["samples"] // 2]
+    assert len(set(kept["rank_weights_sha256"])) == 1
+    assert kept["optimizer_bytes"][1:] == [0, 0]
+    # What a worker says of a step is what the server says.
+    for rank in (1, 2):
+        losses = {row["step"]: row["train/loss"] for row in rows(tmp_path / "ps", rank)}
+        assert losses == {row["step"]: row["train/loss"] for row in rows(tmp_path / "ps")}
+    generation = json.loads((tmp_path / "ps" / "generation.json").read_text())
+    assert [member["rank"] for member in generation["members"]] == [0, 1, 2]
+
+
+def test_a_run_of_edp_replays_to_the_same_weights(tmp_path: Path) -> None:
+    """With int8 both ways, whose residuals the replay keeps too."""
+    options = ["--local", "4", "--max-steps", "60", "--override", "cluster.compression=int8"]
+    finish(train(tmp_path / "edp", "--algorithm", "edp", *options))
+    assert len(rows(tmp_path / "edp")) == 60
+    told = finish(start("train", "--replay", str(tmp_path / "edp"), "--out", str(tmp_path / "replay")))
+    (difference,) = re.findall(r"the weights differ from those of .* by at most (\S+)", told)
+    assert float(difference) <= 1e-11
+    assert abs(summary(tmp_path / "replay")["val_loss"] - summary(tmp_path / "edp")["val_loss"]) <= 1e-11
+
+
+def test_a_run_goes_on_without_a_worker_that_dies(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "--algorithm", "syncps", "--local", "3", "--override", "training.epochs=8")
+    wait_for(lambda: len(rows(tmp_path / "run")) > 5)
+    process_of(tmp_path / "run", 2).kill()
+    finish(run)
+    assert summary(tmp_path / "run")["lost_ranks"] == [2]
+    check_ledger(tmp_path / "run", 8)
+
+
+def test_whoever_dies_is_started_again_and_the_server_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = train(
+        folder, "--algorithm", "syncps", "--local", "3", "--override", "training.epochs=20", "--respawn",
+        "--override", "checkpoint.steps=20",
+    )  # fmt: skip
+    wait_for(lambda: len(rows(folder)) > 20)
+    process_of(folder, 1).kill()
+    wait_for(lambda: len(rows(folder)) > 60)
+    process_of(folder, 0).kill()
+    finish(run)
+    kept = summary(folder)
+    assert (kept["lost_ranks"], kept["restarts"]) == ([], 1)
+    check_ledger(folder, 20)
+    steps = [row["step"] for row in rows(folder)]
+    assert steps == list(range(len(steps)))  # rows that belonged to lost weights are gone with them
+
+
+def test_a_suspended_worker_is_taken_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = train(
+        folder, "--algorithm", "edp", "--local", "3", "--override", "training.epochs=80",
+        "--override", "cluster.patience=1",
+    )  # fmt: skip
+    wait_for(lambda: len(rows(folder)) > 20)
+    worker = process_of(folder, 1)
+    worker.suspend()
+    try:
+        wait_for(lambda: "worker rank1 is lost" in (folder / "logs" / "rank0.log").read_text())
+    finally:
+        worker.resume()
+    wait_for(lambda: (folder / "logs" / "rank0.log").read_text().count("worker joined rank=1") == 2)
+    finish(run)
+    assert summary(folder)["joined_ranks"] == [1]
+    check_ledger(folder, 80)
+
+
+@pytest.mark.parametrize("algorithm", ["syncps", "edp"])
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(algorithm: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["--algorithm", algorithm, "--local", "3", "--override", "training.epochs=12"]
+    run = train(folder, *arguments)
+    wait_for(lambda: len(rows(folder)) > 10)
+    run.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    finish(run, 130)
+    assert time.monotonic() - began < 10
+    finish(train(folder, *arguments, "--resume", "latest"))
+    check_ledger(folder, 12)
+
+
+def test_machines_of_a_cluster_file_and_one_that_comes_later(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(
+        f"host_ip: {{desk: 127.0.0.1, left: 127.0.0.1, right: 127.0.0.1}}\nport: {port}\nserver: desk\n"
+        "workers: [left, right]\npatience: 1.0\nseed: 4\n"
+    )
+    shared = ["--preset", "classicdp_digits", "--cluster", str(cluster), "--algorithm", "edp"]
+    shared += ["--override", "training.epochs=120", "--override", "training.eval_steps=null"]
+    token = {"SMOLCLUSTER_TOKEN": "a token for this test, 32 characters"}
+    nodes = {
+        name: start("node", *shared, "--hostname", name, "--out", str(tmp_path / "run"), **token)
+        for name in ("left", "desk")
+    }
+    try:
+        wait_for(lambda: len(rows(tmp_path / "run")) > 10)  # it waits six patiences for the other
+        nodes["right"] = start("node", *shared, "--hostname", "right", **token)
+        told = {name: finish(node) for name, node in nodes.items()}
+    finally:
+        for node in nodes.values():
+            node.kill()
+    assert "desk is the server of edp" in told["desk"]
+    assert "right (rank 2) has joined: 2 workers" in told["desk"]
+    assert "right is a worker of edp, rank 2 of 3" in told["right"]
+    kept = summary(tmp_path / "run")
+    assert (kept["joined_ranks"], kept["lost_ranks"]) == ([2], [])
+    assert len(rows(tmp_path / "run", 1)) > 0
+    assert (tmp_path / "run" / "logs" / "rank1.log").stat().st_size > 0
+    check_ledger(tmp_path / "run", 120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--algorithm", "edp", "--local", "1"], "needs a server and a worker. Give --local 2 or more"),
+        (["--algorithm", "syncps", "--local", "3", "--backend", "gloo"], "which backend gloo cannot"),
+        (["--replay", "nowhere"], "there is no run folder. Give the folder of a run of edp"),
+        (["--replay", "nowhere", "--algorithm", "edp"], "leave out --algorithm edp"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    told = finish(start("train", *COMMON, "--out", str(tmp_path / "run"), *arguments), 2)
+    assert message in told
+    assert "Traceback" not in told
