@@ -1,11 +1,12 @@
-"""How an update that is tau versions late should be scaled: three rules, in one process and without a network.
+"""How an update that is tau versions late should be scaled: rules compared in one process, without a network.
 
     python benchmarks/staleness_rules.py [--epochs 10] [--seeds 3]
 
-edp applies every push with lr * n / global_batch * factor(tau). Here tau is the same for every push: the gradient is
-computed on the weights of tau updates ago, kept in a queue, and applied to those of now. Each push has the samples of
-one of three workers. The perceptron learns the dataset `digits` with AdamW and a constant learning rate, gradients are
-clipped to a norm of 1 as `smolcluster train` does it. `single` is one process with the whole global batch.
+edp applies every push with lr * n / global_batch * factor(tau). Here the gradient of a push is computed on the weights
+of tau updates ago, kept in a queue, and applied to those of now. tau is the same for all pushes, or follows a pattern:
+`4:2:1` is what three workers of these speeds see if the weights take as long as a lease to come. Each push has the
+samples of one of three workers. The perceptron learns the dataset `digits` with AdamW and a constant learning rate;
+gradients are clipped to a norm of 1, as in `smolcluster train`. `single` is one process with the whole global batch.
 
 Printed and saved: validation accuracy and loss at the end, as the mean over seeds with the lowest and the highest.
 """
@@ -13,10 +14,11 @@ Printed and saved: validation accuracy and loss at the end, as the mean over see
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,33 +35,40 @@ from smolcluster.training.step import clip_gradients, evaluate_batch, forward_ba
 
 WORKERS = 3
 PUSH = 16  # samples
-TAUS = (0, 2, 5, 10)
 LEARNING_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+# Of seven pushes in a row four are of the fastest worker, two of the next, one of the slowest.
+PATTERNS: dict[str, Sequence[int]] = {
+    "0": [0], "2": [2], "5": [5], "10": [10], "4:2:1": [2, 6, 2, 13, 2, 6, 2],
+}  # fmt: skip
+BOUND = 8
 RULES: dict[str, Callable[[int], float]] = {
-    "unscaled": lambda tau: 1.0,
-    "root": lambda tau: (1 + tau) ** -0.5,
-    "edp": lambda tau: 1 / (1 + tau),
+    "1": lambda tau: 1.0,
+    "1/sqrt(1+tau)": lambda tau: (1 + tau) ** -0.5,
+    "1/(1+tau)": lambda tau: 1 / (1 + tau),
+    f"1 or refused above {BOUND}": lambda tau: float(tau <= BOUND),
 }
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 
 
 def train(
-    data: MemoryData, seed: int, epochs: int, batch: int, lr: float, tau: int, factor: Callable[[int], float]
+    data: MemoryData, seed: int, epochs: int, batch: int, lr: float, taus: Sequence[int], factor: Callable[[int], float]
 ) -> tuple[float, float]:
-    """Train with gradients that are `tau` updates old; (validation accuracy, validation loss)."""
+    """Train with gradients that are so many updates old; (validation accuracy, validation loss)."""
     model = build_model(ModelConfig(type="simple_nn", input_dim=64), seed=seed)
     params = list(model.parameters())
     optimizer = optimizer_factory("adamw", lr, WEIGHT_DECAY)(params)
-    past: deque[list[Tensor]] = deque([copy_of(params)], maxlen=tau + 1)
-    for samples in pushes(data, seed, epochs, batch):
-        late = len(past) - 1  # the first pushes are less so: nothing older is there
-        optimizer.param_groups[0]["lr"] = lr * len(samples) / (WORKERS * PUSH) * factor(late)
+    past: deque[list[Tensor]] = deque([copy_of(params)], maxlen=max(taus) + 1)
+    for samples, wanted in zip(pushes(data, seed, epochs, batch), itertools.cycle(taus), strict=False):
+        tau = min(wanted, len(past) - 1)  # of the first pushes: nothing older is there
+        if not factor(tau):
+            continue
+        optimizer.param_groups[0]["lr"] = lr * len(samples) / (WORKERS * PUSH) * factor(tau)
         optimizer.zero_grad()
-        if late:
-            load(params, past[0])
+        if tau:
+            load(params, past[-1 - tau])
         forward_backward(model, [Batch(*data.train.batch(samples))], 1 / len(samples))
-        if late:
+        if tau:
             load(params, past[-1])
         clip_gradients(params, CLIP_NORM)
         optimizer.step()
@@ -87,21 +96,27 @@ def load(params: list[nn.Parameter], weights: list[Tensor]) -> None:
         param.copy_(value)
 
 
-def cases() -> Iterator[tuple[str, int, int]]:
-    """(rule, tau, samples of an update). At tau = 0 all rules are the same."""
-    yield "single", 0, WORKERS * PUSH
-    for tau in TAUS:
-        for rule in RULES if tau else ("edp",):
-            yield rule, tau, PUSH
+def cases() -> Iterator[tuple[str, str, int]]:
+    """(rule, pattern of tau, samples of an update). The bound makes no difference where tau is always the same."""
+    first, root, inverse, bound = RULES
+    yield "single", "0", WORKERS * PUSH
+    yield inverse, "0", PUSH
+    for pattern in ("2", "5", "10"):
+        for rule in (first, root, inverse):
+            yield rule, pattern, PUSH
+    for rule in (first, root, inverse, bound):
+        yield rule, "4:2:1", PUSH
 
 
-def measure(data: MemoryData, rule: str, tau: int, batch: int, lr: float, epochs: int, seeds: int) -> dict[str, Any]:
-    """One line of the table."""
-    factor = RULES.get(rule, RULES["unscaled"])
-    results = [train(data, seed, epochs, batch, lr, tau, factor) for seed in range(seeds)]
+def measure(
+    data: MemoryData, rule: str, pattern: str, batch: int, lr: float, epochs: int, seeds: int
+) -> dict[str, Any]:
+    """One cell of the table."""
+    factor = RULES.get(rule, RULES["1"])
+    results = [train(data, seed, epochs, batch, lr, PATTERNS[pattern], factor) for seed in range(seeds)]
     accuracies, losses = zip(*results, strict=True)
     return {
-        "rule": rule, "tau": tau, "learning_rate": lr,
+        "factor": rule, "tau": pattern, "learning_rate": lr,
         "val_accuracy": statistics.fmean(accuracies), "accuracies": accuracies,
         "val_loss": statistics.fmean(losses), "losses": losses,
     }  # fmt: skip
@@ -120,19 +135,22 @@ def main() -> None:
     began = time.process_time()
     rows = []
     print("validation accuracy in %, mean (lowest to highest)")
-    print(f"{'rule':9} {'tau':>3}", *(f"{lr:>19g}" for lr in LEARNING_RATES))
-    for rule, tau, batch in cases():
-        line = [measure(data, rule, tau, batch, lr, arguments.epochs, arguments.seeds) for lr in LEARNING_RATES]
+    print(f"{'factor':>20} {'tau':>5}", *(f"{lr:>18g}" for lr in LEARNING_RATES))
+    for rule, pattern, batch in cases():
+        line = [measure(data, rule, pattern, batch, lr, arguments.epochs, arguments.seeds) for lr in LEARNING_RATES]
         cells = [
             f"{100 * row['val_accuracy']:.1f} ({100 * min(row['accuracies']):.1f}-{100 * max(row['accuracies']):.1f})"
             for row in line
         ]
-        print(f"{rule:9} {tau:3}", *(f"{cell:>19}" for cell in cells), flush=True)
+        print(f"{rule:>20} {pattern:>5}", *(f"{cell:>18}" for cell in cells), flush=True)
         rows += line
     seconds = round(time.process_time() - began, 1)
     print(f"{seconds} s of one core")
-    figures = {"epochs": arguments.epochs, "seeds": arguments.seeds, "workers": WORKERS, "samples_of_a_push": PUSH}
-    save("staleness_rules", {**figures, "core_s": seconds, "runs": rows})
+    figures = {
+        "epochs": arguments.epochs, "seeds": arguments.seeds, "workers": WORKERS, "samples_of_a_push": PUSH,
+        "patterns": PATTERNS, "core_s": seconds,
+    }  # fmt: skip
+    save("staleness_rules", {**figures, "runs": rows})
 
 
 if __name__ == "__main__":

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from algorithms.equality import Case, build_simple_nn, run_single
 from algorithms.param_servers import ParamServerRun, Setting, audit, check_against
+from smolcluster.algorithms.syncps import SyncPsServer
 from smolcluster.checkpoint.ledger import LEDGER, read_ledger
 from smolcluster.collectives.flat import FlatLayout
+from smolcluster.collectives.param_messages import Answer, PushNote
+from smolcluster.collectives.param_server import Push, Worker
+from smolcluster.data.leases import Lease, SamplePool
+from smolcluster.data.sampler import Sampler
 from smolcluster.errors import PeerLost
 from smolcluster.training.flat import blend_weights
+from smolcluster.training.optim import optimizer_factory
+from smolcluster.training.shares import WorkerShares
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -194,3 +202,53 @@ def test_a_worker_five_times_slower_does_not_slow_the_others() -> None:
     pairs = [(rate(2, {}), rate(3, {3: 0.25})) for _ in range(3)]
     # The best of each: a busy machine slows either at random.
     assert max(slowed for _, slowed in pairs) >= 0.9 * max(alone for alone, _ in pairs)
+
+
+class StubPort:
+    """Notes what is lent, and to whom."""
+
+    def __init__(self, layout: FlatLayout) -> None:
+        self.layout = layout
+        self.lent: list[tuple[Worker, int, int]] = []  # worker, lease, step
+
+    def lend(self, worker: Worker, lease: Lease, *, step: int, **_details: object) -> None:
+        self.lent.append((worker, lease.number, step))
+
+    def answer(self, worker: Worker, push: int, answer: Answer) -> None:
+        pass
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_step_whose_workers_are_all_gone_is_dealt_again_though_later_ones_have_pushes(hold: bool) -> None:
+    """K = 1: step 1 was dealt to one worker alone, step 2 also to a newcomer; then the first one dies."""
+    model = nn.Linear(2, 2)
+    port = StubPort(FlatLayout(list(model.parameters())))
+    pool = SamplePool(Sampler(64, 8, 0), 1)
+    rule = SyncPsServer(
+        model, optimizer_factory("sgd", 0.1), port, pool, steps=1000,  # type: ignore[arg-type]
+        count_planned=lambda ranges: 1, shares=WorkerShares([1.0, 1.0]), staleness_bound=1,
+    )  # fmt: skip
+
+    def push(worker: Worker) -> list[int]:
+        """Push the oldest lease of a worker; the steps that are applied then."""
+        lease = next(number for owner, number, _ in port.lent if owner == worker)
+        port.lent = [entry for entry in port.lent if entry[1] != lease]
+        note = PushNote(leases=(lease,), bases=(0,), loss_sum=1.0, count=8, samples=8, scale=1.0, compute_s=0.1)
+        rule.pushed(Push(worker, lease, note, port.layout.empty()))
+        return [update.result.step for update in rule.advance()]
+
+    first, second = Worker(1, 1, "first"), Worker(2, 2, "second")
+    rule.joined(first)
+    assert list(rule.advance()) == []
+    rule.joined(second)
+    assert push(first) == [0]
+    rule.hold = hold
+    rule.left(first)
+    assert list(rule.advance()) == []
+    assert push(second) == []  # of step 2; step 1 is not made yet
+    assert not rule.is_settled() or not hold
+    assert push(second) == ([] if hold else [1, 2])  # step 1, which it was dealt when the first was gone
+    if hold:
+        assert rule.is_settled()
+        rule.hold = False
+        assert [update.result.step for update in rule.advance()] == [1, 2]

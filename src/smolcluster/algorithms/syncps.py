@@ -225,13 +225,18 @@ class _Gathering:
     """
 
     number: int
-    planned: int
+    planned: int = 0
     awaited: set[int] = field(default_factory=set)
     waiting: dict[int, int] = field(default_factory=dict)
     pushes: dict[int, Push] = field(default_factory=dict)
     ranges: dict[int, tuple[Range, ...]] = field(default_factory=dict)
     first_push_at: float | None = None
     total: _Sum | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Nobody computes it, and nobody has."""
+        return not self.waiting and not self.pushes and self.total is None
 
 
 class SyncPsServer:
@@ -355,10 +360,10 @@ class SyncPsServer:
     # ---- what follows from it
 
     def advance(self) -> Iterator[Update]:
-        """Deal and close what can be; gives each update when it is made. With `hold` set nothing begins or closes."""
-        while not self.hold:
+        """Deal and close what can be; gives each update when it is made. With `hold` set no step begins or closes."""
+        while True:
             self._deal()
-            if not self._open or not self._may_close(self._open[0]):
+            if self.hold or not self._open or not self._may_close(self._open[0]):
                 return
             yield self._close(self._open.popleft())
 
@@ -374,7 +379,7 @@ class SyncPsServer:
 
     def is_settled(self) -> bool:
         """With `hold` set: every step that was dealt has all the gradients that it will get."""
-        return all(self._may_close(step) or not (step.waiting or step.pushes) for step in self._open)
+        return all(self._may_close(step) or (step.is_empty and not self._members) for step in self._open)
 
     def is_finished(self) -> bool:
         """No update is to come."""
@@ -383,31 +388,40 @@ class SyncPsServer:
 
     def _deal(self) -> None:
         """1 deal: open steps up to K ahead, each with a lease for every worker that is not busy with an old one."""
-        while self._open and not (self._open[-1].waiting or self._open[-1].pushes or self._open[-1].total):
+        while self._open and self._open[-1].is_empty:
             self._open.pop()  # all that it was dealt to are gone
             self._next_step -= 1
-        while len(self._open) <= self._staleness_bound and self._next_step < self._steps:
-            everyone = sorted(self._members.values(), key=lambda member: member.worker.rank)
-            ready = [member for member in everyone if not (member.is_behind and member.computing)]
-            shares = [self._share(member) for member in ready]
-            if not ready or sum(shares) <= 0:
+        for step in self._open:
+            if step.is_empty:  # steps after it have pushes: it is dealt again, under its own number
+                self._fill(step)
+        while not self.hold and len(self._open) <= self._staleness_bound and self._next_step < self._steps:
+            step = _Gathering(self._next_step)
+            if not self._fill(step):
                 return
-            limit = None
-            if len(ready) < len(everyone):
-                part = sum(shares) / sum(self._share(member) for member in everyone)
-                limit = max(1, round(part * self._pool.global_batch))
-            leases = self._pool.deal(shares, limit)
-            if not leases:
-                return
-            planned = self._count_planned([part for lease in leases for part in lease.ranges])
-            step = _Gathering(self._next_step, planned)
-            for member, lease in zip(ready, leases, strict=True):
-                if lease.samples:
-                    self._lend(member, lease, step)
-                else:
-                    self._pool.commit(lease.number)
             self._open.append(step)
             self._next_step += 1
+
+    def _fill(self, step: _Gathering) -> bool:
+        """Lend the samples of a step; False: there is nobody, or nothing to lend."""
+        everyone = sorted(self._members.values(), key=lambda member: member.worker.rank)
+        ready = [member for member in everyone if not (member.is_behind and member.computing)]
+        shares = [self._share(member) for member in ready]
+        if not ready or sum(shares) <= 0:
+            return False
+        limit = None
+        if len(ready) < len(everyone):
+            part = sum(shares) / sum(self._share(member) for member in everyone)
+            limit = max(1, round(part * self._pool.global_batch))
+        leases = self._pool.deal(shares, limit)
+        if not leases:
+            return False
+        step.planned = self._count_planned([part for lease in leases for part in lease.ranges])
+        for member, lease in zip(ready, leases, strict=True):
+            if lease.samples:
+                self._lend(member, lease, step)
+            else:
+                self._pool.commit(lease.number)
+        return True
 
     def _share(self, member: _Member) -> float:
         return self._shares.weight(member.worker.rank)
@@ -514,7 +528,7 @@ class SyncPsServer:
             total = _Sum(flats, item.loss_sum, item.count, item.samples, 1.0 / item.planned, missing)
             self._open.append(_Gathering(item.step, item.planned, total=total))
         self._version = reader.step
-        self._next_step = reader.step + len(pending)
+        self._next_step = max([reader.step, *(item.step + 1 for item in pending)])
 
     def _as_pending(self, step: _Gathering) -> PendingGradient:
         total = self._sum(step)

@@ -323,7 +323,7 @@ class WorkerPort:
     def _lose(self, session: _Session, error: SmolError) -> None:
         logger.warning("session lost number=%d reason=%s", session.world.number, error)
         self._session = None
-        for ticket in session.tickets.values():
+        for ticket in list(session.tickets.values()):
             ticket.finish(Answer(status="lost"))
         session.world.abort(error)
         session.comm.close()

@@ -117,6 +117,7 @@ class _LocalRun:
         self._folder = folder
         self._result: JsonObject | None = None
         self._leader: str | None = None
+        self._restarts = 0 if resume is None else resume.meta.restarts + 1
         token, run_id = new_token().hex(), os.urandom(8).hex()
         self._bootstraps = [
             Bootstrap(
@@ -166,7 +167,8 @@ class _LocalRun:
             except CheckpointError:
                 checkpoint, step = None, 0
             self._folder.rewind(step)
-            bootstrap = bootstrap.model_copy(update={"resume": checkpoint})
+            self._restarts += 1
+            bootstrap = bootstrap.model_copy(update={"resume": checkpoint, "restarts": self._restarts})
         return self._spec(bootstrap)
 
     def run(self) -> Ran:

@@ -70,6 +70,7 @@ def run_server(
     options: Mapping[str, str],
     folder: Path,
     resume: Path | None = None,
+    restarts: int = 0,
     skip_nonfinite: bool = False,
     deliver: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
@@ -86,6 +87,8 @@ def run_server(
         options: settings that the workers must have too.
         folder: the run folder.
         resume: the checkpoint to go on from; None: the run begins.
+        restarts: how often the server was started before by whoever starts it again; without that, and with a
+            checkpoint, what that says counts.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
         deliver: brings the rows so far to the disk; called before each checkpoint and at the end.
         note: shows the user a line.
@@ -124,7 +127,7 @@ def run_server(
         built.rule.load_state(checkpoint)
         built.pool.load_state(position.pool)
     samples = [0] * len(names) if meta is None else _fitted(meta.rank_samples, len(names))
-    restarts = 0 if meta is None else meta.restarts + 1
+    restarts = max(restarts, 0 if meta is None else meta.restarts + 1)
     saver = _Saver(parts, built, port, ledger, applications, checkpoints, samples, restarts, len(names), deliver)
     role = ServerRole(
         built.rule,

@@ -54,6 +54,8 @@ class Bootstrap(BaseModel):
     checkpoints: Path
     resume: Path | None = None
     """The checkpoint to go on from."""
+    restarts: int = 0
+    """How often this rank was started before in this run."""
     skip_nonfinite: bool = False
     trace: Path | None = None
     """Where rank 0 writes the trace."""
@@ -211,6 +213,7 @@ class _Rank:
             options=shared_options(start.config),
             folder=start.checkpoints.parent,
             resume=start.resume,
+            restarts=start.restarts,
             skip_nonfinite=start.skip_nonfinite,
             deliver=self._link.deliver,
             note=lambda text: self._link.tell({"event": "note", "text": text}),

@@ -439,6 +439,8 @@ class ServerRole:
         self._rule.hold = True
         while not self._rule.is_settled():
             self._handle_next(self._rule.deadline())
+            for _ in self._rule.advance():
+                raise AssertionError("nothing is applied while a checkpoint is due")
         self._saved_at = self._steps
         self._write_commits()
         for log in (self._ledger, self._applications):
