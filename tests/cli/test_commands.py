@@ -71,7 +71,7 @@ def test_what_a_user_can_mend_exits_2_on_one_or_two_lines(
 @pytest.mark.parametrize(
     "option",
     [
-        ["--replay", "runs/x"], ["--tui"], ["--dashboard"],
+        ["--tui"], ["--dashboard"],
         ["--metrics-port", "9090"],
     ],
 )  # fmt: skip

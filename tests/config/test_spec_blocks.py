@@ -10,6 +10,7 @@ import gzip
 import os
 import re
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from smolcluster.config.hosts import rank_count, roles
 from smolcluster.config.load import Resolved, load_config, preset_names
 from smolcluster.config.schema import Config
 from smolcluster.kinds import JsonObject
-from smolcluster.run.support import ALGORITHMS
+from smolcluster.run.support import ALGORITHMS, PARAMETER_SERVERS
 
 GUIDE = Path(os.environ.get("SMOLCLUSTER_SPEC", Path(__file__).parents[3] / "shared" / "spec"))
 # Files that configure what is served; they train nothing.
@@ -178,14 +179,49 @@ def run_a_step(config: Config) -> None:
     # One after the other: transformers turns global switches while it loads a model, and ranks are threads here.
     parts = [prepare(config, rank, names) for rank in range(world_size)]
 
+    if config.algorithm in PARAMETER_SERVERS:
+        check_step(run_over_a_server(config, parts, names, NoRows))
+        return
+
     def run(comm: LocalCommunicator) -> JsonObject:
         return run_rank(parts[comm.rank], comm, RunContext(NoRows(), comm, threading.Event())).run
 
     first, *others = LocalGroup(world_size).run(run)
-    assert first["steps"] == 1
-    assert isinstance(first["train_loss"], float)
-    assert 0 < first["train_loss"] < 10
+    check_step(first)
     assert all(other["weights_sha256"] == first["weights_sha256"] for other in others)
+
+
+def check_step(run: JsonObject) -> None:
+    assert run["steps"] == 1
+    assert isinstance(run["train_loss"], float)
+    assert 0 < run["train_loss"] < 10
+
+
+def run_over_a_server(config: Config, parts: list[Any], names: list[str], sink: Any) -> JsonObject:
+    """A server and its workers as threads of this process."""
+    from smolcluster.run.param_server import run_server, run_worker
+    from smolcluster.training.role import RunContext
+    from smolcluster.transport.inproc import InprocNetwork
+
+    network = InprocNetwork()
+    listener = network.listen("server", 0)
+
+    def work(rank: int) -> None:
+        run_worker(
+            parts[rank], network, lambda: listener.address, names[rank], RunContext(sink(), None, threading.Event()),
+            run_id="", address="", options={},
+        )  # fmt: skip
+
+    workers = [threading.Thread(target=work, args=(rank,), name=names[rank]) for rank in range(1, len(names))]
+    for worker in workers:
+        worker.start()
+    with tempfile.TemporaryDirectory() as folder:
+        context = RunContext(sink(), None, threading.Event())
+        result = run_server(parts[0], [listener], names, context, options={}, folder=Path(folder))
+    for worker in workers:
+        worker.join(30)
+        assert not worker.is_alive()
+    return result.run
 
 
 def tiny_llama(folder: Path) -> Path:
