@@ -21,7 +21,7 @@ from smolcluster.run import mail as mail_module
 from smolcluster.run.build import prepare
 from smolcluster.run.folder import RunFolder
 from smolcluster.run.mail import Mail
-from smolcluster.run.session import RankResult, _held_bytes, run_rank
+from smolcluster.run.session import RankResult, held_bytes, run_rank
 from smolcluster.training.role import RunContext
 
 
@@ -128,7 +128,7 @@ def test_system_metrics_come_every_metrics_log_interval_steps() -> None:
 
 def test_memory_that_tensors_share_counts_once() -> None:
     flat = torch.zeros(100, dtype=torch.float64)
-    assert _held_bytes([flat[:10], flat[10:], torch.zeros(3)]) == 812
+    assert held_bytes([flat[:10], flat[10:], torch.zeros(3)]) == 812
 
 
 def test_without_control_links_the_rows_of_all_ranks_reach_the_folder_when_they_are_delivered(
