@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from smolcluster.config.hosts import members
+from smolcluster.config.hosts import members, roles
 from smolcluster.config.load import check_file, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +89,12 @@ def test_the_own_dataset_goes_on_where_it_stopped(capsys: pytest.CaptureFixture[
     assert losses[1] < losses[0] < 1  # ln 8 = 2.08 by chance
 
 
+def test_a_run_that_waits_for_nobody_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    trained, replayed = run_here("edp_replay.py", capsys).splitlines()
+    assert trained.startswith("60 updates by ")
+    assert float(replayed.split()[-1]) < 1e-11  # float64, and the sums are made in the same order
+
+
 def test_the_output_on_the_pages_is_the_examples_own(capsys: pytest.CaptureFixture[str]) -> None:
     alone = run_here("classicdp_by_hand.py", capsys)
     assert alone in (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")
@@ -101,3 +107,15 @@ def test_the_cluster_file_names_three_ranks_in_order() -> None:
     hosts = members(load_config("classicdp_gpt", (), [path], environ={}).config)
     assert [(host.rank, host.name) for host in hosts] == [(0, "mini1"), (1, "mini2"), (2, "mini3")]
     assert len({host.port for host in hosts}) == 3
+
+
+def test_the_cluster_file_with_a_server_names_it_and_two_workers() -> None:
+    path = EXAMPLES / "cluster_server.yaml"
+    report = check_file(path)
+    assert (report.errors, report.warnings) == ((), ())
+    server, *workers = roles(load_config("single_mnist", (), [path], environ={}).config)
+    assert (server.name, server.role, server.listens) == ("desktop", "server", (("127.0.0.1", 65432),))
+    assert [(worker.name, worker.role, worker.dials) for worker in workers] == [
+        ("laptop", "worker", ("127.0.0.1", 65432)),
+        ("mini", "worker", ("127.0.0.1", 65432)),
+    ]

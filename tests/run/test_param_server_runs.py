@@ -214,6 +214,7 @@ def test_machines_of_a_cluster_file_and_one_that_comes_later(tmp_path: Path) -> 
     [
         (["--algorithm", "edp", "--local", "1"], "needs a server and a worker. Give --local 2 or more"),
         (["--algorithm", "syncps", "--local", "3", "--backend", "gloo"], "which backend gloo cannot"),
+        (["--algorithm", "edp", "--local", "3", "--trace"], "--trace of algorithm edp comes in a later release"),
         (["--replay", "nowhere"], "there is no run folder. Give the folder of a run of edp"),
         (["--replay", "nowhere", "--algorithm", "edp"], "leave out --algorithm edp"),
     ],

@@ -338,6 +338,8 @@ def _strategy(
             skip_nonfinite=skip_nonfinite,
             telemetry=comm.telemetry,
         )
+    if config.algorithm != "classicdp":
+        raise ConfigError(f"algorithm {config.algorithm} is not one of ranks that are all alike. Use smolcluster train")
     return ClassicDP(
         parts.model,
         optimizers,

@@ -32,7 +32,14 @@ from smolcluster.run.launcher import Launch
 from smolcluster.run.mail import Mail
 from smolcluster.run.resume import ResumePoint
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
-from smolcluster.run.support import check_supported, exposure, rank_weights, shared_options, tcp_options
+from smolcluster.run.support import (
+    PARAMETER_SERVERS,
+    check_supported,
+    exposure,
+    rank_weights,
+    shared_options,
+    tcp_options,
+)
 from smolcluster.transport.security import load_token
 from smolcluster.transport.tcp import listen
 
@@ -145,7 +152,16 @@ def run_node(config: Config, hostname: str, options: NodeOptions, say: Callable[
 
 
 def run_launched(config: Config, launch: Launch, options: NodeOptions) -> Ran:
-    """Be one process of a launcher's job; blocks until the run has ended."""
+    """Be one process of a launcher's job; blocks until the run has ended.
+
+    Raises:
+        ConfigError: this release, or a launcher's job, cannot do what the configuration asks for.
+    """
+    if config.algorithm in PARAMETER_SERVERS:
+        raise ConfigError(
+            f"algorithm {config.algorithm} lets workers come and go, which a launcher's job does not. Use --local N, "
+            "or smolcluster node on each machine"
+        )
     names = [f"rank{rank}" for rank in range(launch.world_size)]
     check_supported(config, launch.world_size)
     rank_weights(config, names)

@@ -42,7 +42,7 @@ from smolcluster.run.build import (
 )
 from smolcluster.run.replay import APPLICATIONS
 from smolcluster.run.resume import RunMeta, RunProgress
-from smolcluster.run.session import RankResult, held_bytes, optimizer_bytes, run_values
+from smolcluster.run.session import ExtendedRows, RankResult, held_bytes, optimizer_bytes, run_values
 from smolcluster.run.support import min_ranks
 from smolcluster.training.flat import constants, trained
 from smolcluster.training.leased import LeasedBatches
@@ -162,7 +162,9 @@ def run_server(
             closing.callback(applications.close)
         closing.callback(port.close)
         closing.callback(reception.close)
-        result = role.run(context)
+        (optimizer,) = built.optimizers
+        rows = ExtendedRows(context.metrics, parts, model, optimizer, None)
+        result = role.run(RunContext(rows, None, context.stop))
     if deliver is not None:
         deliver()
     return _server_result(parts, built, port, result, role.crew, samples, restarts)
@@ -228,7 +230,8 @@ def run_worker(
     batches = LeasedBatches(port, parts.data.train, sampler, config.training.micro_batches)
     trainer = Trainer(assemble_worker(parts, port), batches, NO_END, endpoint=port)
     try:
-        result = TrainerRole(trainer).run(context)
+        rows = ExtendedRows(context.metrics, parts, model, None, None)
+        result = TrainerRole(trainer).run(RunContext(rows, None, context.stop))
         port.report(_worker_report(parts, port))
         return result
     finally:

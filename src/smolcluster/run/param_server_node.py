@@ -22,7 +22,7 @@ from smolcluster.monitoring.reporters import Reporter
 from smolcluster.run.folder import Ran, RunFolder
 from smolcluster.run.node import NodeOptions, check_interface, error_text, stopping_on_signals
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
-from smolcluster.run.support import check_supported, exposure, rank_weights, shared_options, tcp_options
+from smolcluster.run.support import check_supported, exposure, rank_weights, refuse_trace, shared_options, tcp_options
 from smolcluster.transport.security import load_token
 from smolcluster.transport.tcp import TcpNetwork, format_address, listen
 
@@ -61,6 +61,7 @@ def run_param_server_node(config: Config, hostname: str, options: NodeOptions, s
         )
     me = members[names.index(hostname)]
     check_supported(config, len(members))
+    refuse_trace(config, trace=options.trace)
     rank_weights(config, names)
     addresses = [ip for member in members for ip, _ in (*member.listens, *([member.dials] if member.dials else []))]
     if me.role == "server":

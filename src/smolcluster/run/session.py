@@ -96,7 +96,7 @@ def run_rank(
         skip_nonfinite=skip_nonfinite,
     )
     (optimizer,) = assembly.optimizers
-    sink = _Extended(context.metrics, parts, assembly.strategy.model, optimizer, comm)
+    sink = ExtendedRows(context.metrics, parts, assembly.strategy.model, optimizer, comm)
     logger.info("training rank=%d world_size=%d steps=%d", parts.rank, comm.world_size, assembly.steps)
     if recording is not None:
         recording.watch_optimizers(assembly.optimizers)
@@ -222,7 +222,7 @@ class _Saver:
             self._comm.world.confirm()
 
 
-class _Extended:
+class ExtendedRows:
     """A sink that adds what the trainer does not know to a rank's rows: the process, its links, each gradient."""
 
     def __init__(
@@ -230,14 +230,17 @@ class _Extended:
         sink: MetricsSink,
         parts: Parts,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        comm: Communicator,
+        optimizer: torch.optim.Optimizer | None,
+        comm: Communicator | None,
     ) -> None:
+        """Add to the rows that go to `sink`; without an optimizer or a communicator there is less to add."""
         self._sink = sink
         self._interval = parts.config.cluster.metrics_log_interval
-        self._norms = GradientNorms(model, optimizer) if parts.config.training.track_gradients else None
+        wants_norms = parts.config.training.track_gradients and optimizer is not None
+        self._norms = GradientNorms(model, optimizer) if wants_norms and optimizer is not None else None
         self._usage = ProcessUsage(parts.device)
-        self._links = measure_links(comm, self._interval) if parts.config.cluster.track_network_metrics else None
+        wants_links = parts.config.cluster.track_network_metrics and comm is not None
+        self._links = measure_links(comm, self._interval) if wants_links and comm is not None else None
 
     def write(self, row: JsonObject) -> None:
         step, row_time = row.get("step"), row.get("time")
