@@ -221,6 +221,8 @@ class ServerPort:
             del self._granted[worker.session]
             if any(c.worker.rank == worker.rank and not c.is_gone for c in self._clients.values()):
                 is_doubled = True  # two asked at once, and the other was faster
+                self._generation += 1
+                self._record_members()
             else:
                 is_doubled = False
                 self._clients[worker.session] = client

@@ -29,7 +29,7 @@ from smolcluster.transport.tcp import TcpNetwork, format_address, listen
 if TYPE_CHECKING:
     from smolcluster.cluster.sessions import SessionWorld
     from smolcluster.collectives.param_server import Worker
-from smolcluster.collectives.param_worker import WorkerPort
+    from smolcluster.collectives.param_worker import WorkerPort
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _work(config: Config, names: Sequence[str], me: Member, options: NodeOptions
                     TcpNetwork(token, tcp_options(config, me.name)),
                     lambda: format_address(host, port),
                     me.name,
-                    RunContext(mail, None, threading.Event()),
+                    RunContext(mail, None, stop),
                     run_id=run_id,
                     address=format_address(*_own_address(me)),
                     options=shared_options(config),

@@ -24,7 +24,7 @@ from smolcluster.checkpoint.state import Shard, StateReader
 from smolcluster.collectives.param_messages import Answer
 from smolcluster.collectives.param_server import Asked, Event, Joined, Left, Push, ServerPort, Worker
 from smolcluster.data.leases import Lease, Range
-from smolcluster.errors import PeerLost, SmolError
+from smolcluster.errors import PeerLost, RendezvousTimeout, SmolError
 from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.training.role import RunContext
 from smolcluster.training.step import EvalSums, StepResult
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Nobody knows who still comes: a run begins with those who are here, so many patiences after enough of them are.
 START_PATIENCES = 6
+# So many patiences are the workers waited for that a run cannot begin without.
+JOIN_PATIENCES = 60
 # With fewer workers than it needs, a run waits so many patiences for one to come (back) before it gives up.
 RETURN_PATIENCES = 6
 # The last word of the workers is waited for so many patiences.
@@ -265,12 +267,21 @@ class ServerRole:
     def _await_workers(self) -> None:
         """Until all are here, or enough of them for a while."""
         enough_since: float | None = None
+        began = time.monotonic()
         while len(self._port.workers()) < self._workers and not self._context.stop.is_set():
+            if self._rule.is_finished():
+                return  # a resumed run that was at its end
             now = time.monotonic()
             if len(self._port.workers()) >= self._min_workers:
                 enough_since = enough_since or now
                 if now - enough_since > START_PATIENCES * self._patience:
                     break
+            elif now - began > JOIN_PATIENCES * self._patience:
+                here = len(self._port.workers())
+                raise RendezvousTimeout(
+                    f"{here} of {self._workers} workers came within {JOIN_PATIENCES * self._patience:g} s, and the run "
+                    f"needs {self._min_workers}. Start the missing ones, or look for a firewall in between"
+                )
             self._handle_next(now + SLICE, is_start=True)
 
     def _handle_next(self, deadline: float | None, *, is_start: bool = False) -> None:
@@ -306,7 +317,7 @@ class ServerRole:
             crew.joined.append(worker.rank)
         if self._has_begun:
             back = "is back" if worker.rank in crew.ranks else "has joined"
-            self._note(f"{worker.name} (rank {worker.rank}) {back}: {len(self._port.workers())} workers")
+            self._note(f"{worker.name} (rank {worker.rank}) {back}: {_counted(len(self._port.workers()))}")
         crew.ranks.add(worker.rank)
         self._rule.joined(worker)
 
@@ -320,7 +331,8 @@ class ServerRole:
         if all(other.rank != worker.rank for other in self._port.workers()):
             self.crew.lost.append(worker.rank)
             why = "has left" if event.error is None else "is lost"
-            self._note(f"{worker.name} (rank {worker.rank}) {why}; {len(self._port.workers())} workers go on")
+            here = len(self._port.workers())
+            self._note(f"{worker.name} (rank {worker.rank}) {why}; {_counted(here)} {'goes' if here == 1 else 'go'} on")
 
     def _check_number(self) -> None:
         """Give up when there were too few workers for too long."""
@@ -494,6 +506,10 @@ class ServerRole:
             val_perplexity=perplexity if perplexity is not None and math.isfinite(perplexity) else None,
             stopped=stopped,
         )
+
+
+def _counted(workers: int) -> str:
+    return "1 worker" if workers == 1 else f"{workers} workers"
 
 
 def _as_columns(sums: EvalSums) -> JsonObject:
