@@ -234,7 +234,7 @@ def test_a_step_whose_workers_are_all_gone_is_dealt_again_though_later_ones_have
         lease = next(number for owner, number, _ in port.lent if owner == worker)
         port.lent = [entry for entry in port.lent if entry[1] != lease]
         note = PushNote(leases=(lease,), bases=(0,), loss_sum=1.0, count=8, samples=8, scale=1.0, compute_s=0.1)
-        rule.pushed(Push(worker, lease, note, port.layout.empty()))
+        rule.pushed(Push(worker, lease, note, [flat.zero_() for flat in port.layout.empty()]))
         return [update.result.step for update in rule.advance()]
 
     first, second = Worker(1, 1, "first"), Worker(2, 2, "second")
