@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from algorithms.param_servers import NEVER, ParamServerRun, Setting, audit
 from smolcluster.algorithms.edp import EdpServer, EdpWorker
 from smolcluster.checkpoint.ledger import LEDGER, read_ledger
 from smolcluster.collectives.param_messages import Answer, PushNote
+from smolcluster.collectives.param_server import Push
 from smolcluster.collectives.param_worker import Ticket, WorkerPort
 from smolcluster.telemetry import Telemetry
 from smolcluster.training.optim import optimizer_factory
@@ -210,3 +213,62 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     run.start()
     with pytest.raises(Exception, match="the loss is nan"):
         run.result()
+
+
+def test_a_push_on_weights_that_never_were_is_refused() -> None:
+    """It would have a negative staleness, and at -1 no learning rate at all."""
+    run = EdpRun(Case(steps=5), Setting(1))
+    honest = run.port.next_event
+
+    def lying(timeout: float | None) -> Any:
+        event = honest(timeout)
+        if isinstance(event, Push) and event.number == 1:
+            event = replace(event, note=event.note.model_copy(update={"bases": (event.note.bases[0] + 1,)}))
+        return event
+
+    run.port.next_event = lying  # type: ignore[method-assign]
+    run.start()
+    with contextlib.suppress(Exception):
+        run.wait_for_steps(1)
+    run.stop.set()
+    run.result()
+    assert run.rule.refused == 1
+
+
+@pytest.mark.parametrize("run_type", [EdpRun, ParamServerRun])
+def test_a_mistake_of_the_server_ends_its_workers(run_type: type[ParamServerRun]) -> None:
+    run = run_type(Case(), Setting(2))
+
+    def mistake(push: Push) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    run.rule.pushed = mistake
+    run.start()
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run.result()
+    assert {str(error) for error in run.worker_errors.values()} == {"a mistake of ours"}
+
+
+def test_a_push_after_the_end_is_lost_at_once() -> None:
+    run = EdpRun(Case(steps=1), Setting(1))
+    told = threading.Event()
+    pushed: list[bool] = []
+    make_worker = run.make_worker
+
+    def worker_that_pushes_late(model: nn.Module, port: WorkerPort) -> Any:
+        strategy = make_worker(model, port)
+        finish = strategy.finish
+
+        def late() -> Any:
+            told.set()
+            pushed.append(port.push(port.layout.empty(), note_of(99, 0, 1)).done())
+            return finish()
+
+        strategy.finish = late
+        return strategy
+
+    run.make_worker = worker_that_pushes_late  # type: ignore[method-assign]
+    run.start()
+    run.result()
+    assert told.is_set()
+    assert pushed == [True]

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -77,11 +77,6 @@ from smolcluster.training.step import (
 # when all samples are lent, the others wait for.
 LEASES_AHEAD = 2
 MAX_LEASES_AHEAD = 64
-
-
-def inverse(tau: int) -> float:
-    """The factor of an update that is `tau` versions late. Zhang et al. 2016, section 3.1, with 1 added: fresh is 1."""
-    return 1.0 / (1 + tau)
 
 
 class EdpWorker:
@@ -251,7 +246,6 @@ class EdpServer:
         steps: int,
         shares: WorkerShares,
         staleness_bound: int | None = None,
-        staleness_factor: Callable[[int], float] = inverse,
         grad_clip_norm: float | None = None,
         lr_schedule: LrSchedule,
         precision: Precision = "fp32",
@@ -268,7 +262,6 @@ class EdpServer:
             steps: updates of the whole run, at most.
             shares: the parts of the global batch that the workers' leases are.
             staleness_bound: K, how far a worker may be ahead of the slowest, at least 1; None: as far as it gets.
-            staleness_factor: of an update, from tau.
             grad_clip_norm: bound of each push's gradient norm; None: never clipped.
             lr_schedule: learning rate after so many global batches.
             precision: "fp64" converts the model; else the weights are as they are.
@@ -287,7 +280,6 @@ class EdpServer:
         self._steps = steps
         self._shares = shares
         self._staleness_bound = staleness_bound
-        self._staleness_factor = staleness_factor
         self._grad_clip_norm = grad_clip_norm
         self._lr_schedule = lr_schedule
         self._precision = precision
@@ -323,8 +315,9 @@ class EdpServer:
     def pushed(self, push: Push) -> None:
         """1 take it: pushes are applied in the order of their arrival, all of them."""
         member = self._members.get(push.worker.session)
-        if member is None or not {*push.note.leases} <= member.leases.keys():
-            self.refused += 1  # leases of an earlier session, or of none
+        is_lent = member is not None and {*push.note.leases} <= member.leases.keys()
+        if member is None or not is_lent or max(push.note.bases) > self._version:
+            self.refused += 1  # leases of an earlier session or of none, or weights that never were
             self._port.answer(push.worker, push.number, Answer(status="refused", version=self._version))
             return
         member.finished += len(push.note.leases)
@@ -413,8 +406,8 @@ class EdpServer:
         loss = math.nan if note.loss_sum is None else note.loss_sum / max(note.count, 1)
         install_gradients(self._params, push.gradients, self._port.layout, note.missing)
         grad_norm = clip_gradients(self._params, self._grad_clip_norm, 1.0 / (note.scale * max(note.count, 1)))
-        factor = note.samples / self._pool.global_batch * self._staleness_factor(tau)
-        lr = self._lr_schedule(self._samples // self._pool.global_batch) * factor
+        part = note.samples / self._pool.global_batch
+        lr = self._lr_schedule(self._samples // self._pool.global_batch) * part / (1 + tau)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         is_applied = note.count > 0 and is_applicable(

@@ -24,7 +24,6 @@ from smolcluster.errors import (
     ConfigError,
     ConnectFailed,
     FrameError,
-    PeerLost,
     RendezvousTimeout,
     SmolError,
     TransportError,
@@ -388,9 +387,3 @@ class _NeverDials:
 
     def dial_control(self, address: str, hello: Hello, timeout: float, ended: Ended | None = None) -> NoReturn:
         raise AssertionError("the server never dials")
-
-
-def lost(world: World) -> PeerLost | None:
-    """Why the session is over, if the other side is gone; None: it goes on, or ended here."""
-    error = world.error()
-    return error if isinstance(error, PeerLost) else None

@@ -260,11 +260,6 @@ class ServerPort:
         """The present one's number."""
         return self._generation
 
-    def world(self, worker: Worker) -> SessionWorld | None:
-        """The session's world; None: it is over."""
-        client = self._clients.get(worker.session)
-        return None if client is None else client.world
-
     def lend(
         self, worker: Worker, lease: Dealt, *, step: int, planned: int, version: int, weights: Sequence[Tensor] | None
     ) -> None:

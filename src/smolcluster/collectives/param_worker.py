@@ -128,6 +128,7 @@ class _Session:
     encoder: FeedbackEncoder | None = None
     has_weights: threading.Event = field(default_factory=threading.Event)  # some came since they were last taken
     weights_came_at: float = 0.0
+    is_over: bool = False  # the server has said its last word: no push will be answered
 
 
 class WorkerPort:
@@ -230,7 +231,7 @@ class WorkerPort:
         session.pushes += 1
         number = session.pushes
         session.tickets[number] = ticket
-        if session.world.error() is not None:
+        if session.is_over or session.world.error() is not None:
             ticket.finish(Answer(status="lost"))
             return ticket
         outgoing = list(gradients) if session.encoder is None else session.encoder.encode(gradients)
@@ -342,6 +343,7 @@ class WorkerPort:
         weights = message.get("weights")
         if isinstance(weights, dict):
             self._expect_weights(session, weights)
+        session.is_over = True  # before the tickets are looked through: one that is pushed now looks after it
         session.inbox.put(_Over(_text(message.get("reason")), isinstance(weights, dict)))
         for ticket in list(session.tickets.values()):  # answers came before; who has none now gets none
             ticket.finish(Answer(status="lost"))

@@ -240,8 +240,8 @@ class ServerRole:
         with stop_on_interrupt(context.stop):
             try:
                 return self._serve()
-            except SmolError as error:
-                self._port.end(str(error))
+            except BaseException as error:  # whatever it is: workers that are not told would wait for leases
+                self._port.end(str(error) or "the server was stopped")
                 raise
 
     def _serve(self) -> TrainResult:
