@@ -252,3 +252,27 @@ def test_a_step_whose_workers_are_all_gone_is_dealt_again_though_later_ones_have
         assert rule.is_settled()
         rule.hold = False
         assert [update.result.step for update in rule.advance()] == [1, 2]
+
+
+def test_a_step_that_closes_without_a_worker_is_the_mean_of_what_has_come() -> None:
+    """The gradient is scaled by what was planned, 8 targets; 4 have come."""
+    model = nn.Linear(2, 2)
+    before = [param.detach().clone() for param in model.parameters()]
+    port = StubPort(FlatLayout(list(model.parameters())))
+    rule = SyncPsServer(
+        model, optimizer_factory("sgd", 0.1), port, SamplePool(Sampler(64, 8, 0), 1), steps=9,  # type: ignore[arg-type]
+        count_planned=lambda ranges: sum(stop - start for _, start, stop in ranges), timeout=1e-9,
+        shares=WorkerShares([1.0, 1.0]),
+    )  # fmt: skip
+    workers = [Worker(1, 1, "first"), Worker(2, 2, "second")]
+    for worker in workers:
+        rule.joined(worker)
+    assert list(rule.advance()) == []
+    (lease,) = [number for owner, number, _ in port.lent if owner == workers[0]]
+    note = PushNote(leases=(lease,), bases=(0,), loss_sum=4.0, count=4, samples=4, scale=1 / 8, compute_s=0.1)
+    summed = 3.0  # of the losses' gradients, in every element
+    rule.pushed(Push(workers[0], 1, note, [flat.fill_(summed * note.scale) for flat in port.layout.empty()]))
+    update = next(rule.advance())
+    assert (update.result.loss, update.result.count) == (1.0, 4)
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert torch.allclose(param, old - 0.1 * summed / 4)
