@@ -81,6 +81,9 @@ class KeptLog:
     def append(self, rows: Sequence[JsonObject]) -> None:
         self.rows.extend(rows)
 
+    def flush(self) -> None:
+        pass
+
     def sync(self) -> None:
         pass
 

@@ -43,17 +43,27 @@ class Ledger:
         self._cut(lines)
 
     def append(self, rows: Sequence[JsonObject]) -> None:
-        """Add lines; they are on the disk after the next `sync`.
+        """Add lines; others can read them after the next `flush`, and they are on the disk after the next `sync`.
 
         Raises:
             TrainingStopped: the disk is full or the file cannot be written.
         """
         try:
             self._file.write(b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
-            self._file.flush()
         except OSError as exc:
             raise self._stopped(exc) from exc
         self.lines += len(rows)
+
+    def flush(self) -> None:
+        """Hand all lines to the system.
+
+        Raises:
+            TrainingStopped: the disk is full or the file cannot be written.
+        """
+        try:
+            self._file.flush()
+        except OSError as exc:
+            raise self._stopped(exc) from exc
 
     def sync(self) -> None:
         """Wait until all lines are on the disk.
@@ -61,6 +71,7 @@ class Ledger:
         Raises:
             TrainingStopped: the disk is full or the file cannot be written.
         """
+        self.flush()
         try:
             disk.sync_file(self._path)
         except OSError as exc:

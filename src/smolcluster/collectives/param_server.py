@@ -4,8 +4,12 @@ Idea: each worker has a session with the server, a world of two (cluster/session
 numbers, an answer) goes over its control link, where it never waits behind tensors; the tensors follow as messages,
 under the number that was said. So a lease overtakes the weights that a slow link still carries.
 
-    server → worker   lease {number, weights, ...}   answer {push, ...}   weights {number, version}   over {reason}
-    worker → server   push {number, ...}             ask {leases}           report {...}                bye {}
+    server → worker   mail {items: [[kind, body], ...]}
+                      lease {number, weights, ...}   answer {push, ...}   weights {number, version}   over {reason}
+    worker → server   push {number, ...}             ask {leases}         report {...}                bye {}
+
+What the server has to say to a worker waits for `flush`, and goes as one message then: every message wakes a thread on
+the other side, which on a busy machine costs more than what is in it.
 
 The port knows no algorithm. A worker whose connection breaks asks for a new session by itself; what the old one had
 under way is lost on both sides, and the server hears of it as Left.
@@ -20,7 +24,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -33,7 +37,7 @@ from smolcluster.collectives.flat import FlatLayout, decode_flats
 from smolcluster.collectives.param_messages import Answer, PushNote
 from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.errors import ConfigError, FrameError, PeerLost, SmolError
-from smolcluster.kinds import JsonObject
+from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -115,7 +119,9 @@ class _Client:
     world: SessionWorld
     comm: TcpCommunicator
     has: list[Tensor] | None = None  # with a codec: the weights that the worker has
-    sent: int = 0  # weights sent so far
+    sent: int = 0  # weights announced so far
+    items: list[JsonValue] = field(default_factory=list)  # to say with the next `flush`
+    tensors: list[tuple[int, Tensor]] = field(default_factory=list)  # to send then, with their tags
     is_gone: bool = False
 
 
@@ -263,7 +269,7 @@ class ServerPort:
     def lend(
         self, worker: Worker, lease: Dealt, *, step: int, planned: int, version: int, weights: Sequence[Tensor] | None
     ) -> None:
-        """Tell a worker what to compute, and with which weights. Returns before it has them.
+        """Tell a worker what to compute, and with which weights; it hears of it with the next `flush`.
 
         Args:
             worker: who; nothing happens if it is gone.
@@ -284,26 +290,35 @@ class ServerPort:
         }
         if weights is not None:
             message["weights"] = self._announce(client, version)
-        client.world.send(WORKER, "lease", message)
-        if weights is not None:
-            self._send_weights(client, weights)
+            self._add_weights(client, weights)
             if client.sent == 1:
-                for tensor in self._constants:
-                    client.comm.send(tensor.detach().contiguous(), WORKER, tag=client.sent)
+                client.tensors += [(client.sent, tensor.detach().contiguous()) for tensor in self._constants]
+        client.items.append(["lease", message])
 
     def send_weights(self, worker: Worker, version: int, weights: Sequence[Tensor]) -> None:
-        """Send a worker weights that it takes when it is ready to."""
+        """Send a worker weights, with the next `flush`; it takes them when it is ready to."""
         client = self._clients.get(worker.session)
         if client is None or client.is_gone:
             return
-        client.world.send(WORKER, "weights", self._announce(client, version))
-        self._send_weights(client, weights)
+        client.items.append(["weights", self._announce(client, version)])
+        self._add_weights(client, weights)
 
     def answer(self, worker: Worker, push: int, answer: Answer) -> None:
-        """Tell a worker what became of its push."""
+        """Tell a worker what became of its push, with the next `flush`."""
         client = self._clients.get(worker.session)
         if client is not None and not client.is_gone:
-            client.world.send(WORKER, "answer", {"push": push, "answer": answer.model_dump(mode="json")})
+            client.items.append(["answer", {"push": push, "answer": answer.model_dump(mode="json")}])
+
+    def flush(self) -> None:
+        """Say all that is to be said. Returns before anybody has heard it."""
+        with self._lock:
+            clients = [client for client in self._clients.values() if client.items and not client.is_gone]
+        for client in clients:
+            items, tensors = client.items, client.tensors
+            client.items, client.tensors = [], []
+            client.world.send(WORKER, "mail", {"items": items})
+            for tag, tensor in tensors:
+                client.comm.send(tensor, WORKER, tag=tag)
 
     def end(self, reason: str | None = None, version: int = 0, weights: Sequence[Tensor] | None = None) -> None:
         """Tell all workers that the run is over.
@@ -320,9 +335,9 @@ class ServerPort:
             if weights is not None and client.sent:
                 client.has = None  # so that they go as they are
                 message["weights"] = self._announce(client, version)
-            client.world.send(WORKER, "over", message)
-            if weights is not None and client.sent:
-                self._send_weights(client, weights)
+                self._add_weights(client, weights)
+            client.items.append(["over", message])
+        self.flush()
 
     def forget(self, worker: Worker) -> None:
         """Close the session of a worker that has Left."""
@@ -345,7 +360,7 @@ class ServerPort:
         is_whole = self._codec is None or client.has is None
         return {"number": client.sent, "version": version, "is_first": client.sent == 1, "is_whole": is_whole}
 
-    def _send_weights(self, client: _Client, weights: Sequence[Tensor]) -> None:
+    def _add_weights(self, client: _Client, weights: Sequence[Tensor]) -> None:
         outgoing = list(weights)
         if self._codec is not None and client.has is None:
             client.has = [flat.clone() for flat in weights]
@@ -356,8 +371,7 @@ class ServerPort:
                 self._codec.encode(flat - has, out)
             for has, change in zip(client.has, decode_flats(outgoing, self._codec, self.layout), strict=True):
                 has.add_(change)
-        for flat in outgoing:
-            client.comm.send(flat, WORKER, tag=client.sent)
+        client.tensors += [(client.sent, flat) for flat in outgoing]
 
     def _asked(self, client: _Client, message: JsonObject) -> None:
         leases = message.get("leases")

@@ -307,10 +307,7 @@ class WorkerPort:
         self.sessions += 1
         if self._began is not None:
             self._began(world)
-        world.on("weights", lambda _rank, message: self._expect_weights(session, message))
-        world.on("lease", lambda _rank, message: self._lease_came(session, message))
-        world.on("answer", lambda _rank, message: self._answer_came(session, message))
-        world.on("over", lambda _rank, message: self._over_came(session, message))
+        world.on("mail", lambda _rank, message: self._mail_came(session, message))
         world.on_failure(partial(self._failed, session))
         logger.info("session began number=%d generation=%d", world.number, world.view().generation)
         return session
@@ -338,6 +335,23 @@ class WorkerPort:
             self.last_weights = arriving.flats
         except SmolError as error:
             logger.warning("last weights not received reason=%s", error)
+
+    def _mail_came(self, session: _Session, mail: JsonObject) -> None:
+        """On the link's thread: what the server had to say, in its order."""
+        items = mail.get("items")
+        for item in items if isinstance(items, list) else [None]:
+            match item:
+                case ["lease", dict(message)]:
+                    self._lease_came(session, message)
+                case ["weights", dict(message)]:
+                    self._expect_weights(session, message)
+                case ["answer", dict(message)]:
+                    self._answer_came(session, message)
+                case ["over", dict(message)]:
+                    self._over_came(session, message)
+                case _:
+                    session.world.abort(PeerLost("the server sent a message that is malformed", SERVER))
+                    return
 
     def _over_came(self, session: _Session, message: JsonObject) -> None:
         weights = message.get("weights")

@@ -252,6 +252,7 @@ class ServerRole:
         stopped = False
         while not self._rule.is_finished():
             for update in self._rule.advance():
+                self._port.flush()  # workers hear of it before anything is written
                 self._after_update(update)
                 if self._context.stop.is_set():
                     break
@@ -288,9 +289,13 @@ class ServerRole:
         """Wait for one event, or until `deadline`, and take in all that are there."""
         if (error := self._ended()) is not None:
             raise error
-        now = time.monotonic()
-        until = now + SLICE if deadline is None else min(deadline, now + SLICE)
-        event = self._port.next_event(max(0.0, until - now))
+        self._port.flush()
+        event = self._port.next_event(0.0)
+        if event is None:
+            self._flush_logs()  # there is time for it
+            now = time.monotonic()
+            until = now + SLICE if deadline is None else min(deadline, now + SLICE)
+            event = self._port.next_event(max(0.0, until - now))
         while event is not None:
             self._take_in(event)
             event = self._port.next_event(0.0)
@@ -407,6 +412,11 @@ class ServerRole:
                 self._rank_samples[commit.worker.rank] += commit.lease.samples
         if self._ledger is not None and commits:
             self._ledger.append([_as_line(commit) for commit in commits])
+
+    def _flush_logs(self) -> None:
+        for log in (self._ledger, self._applications):
+            if log is not None:
+                log.flush()
 
     def _evaluate_now(self) -> JsonObject:
         """With the server's weights."""
