@@ -28,7 +28,7 @@ from smolcluster.data.leases import SamplePool, range_indices
 from smolcluster.data.loader import BatchLoader, eval_batches
 from smolcluster.data.sampler import Sampler
 from smolcluster.data.source import MemoryData, TrainingData, open_data
-from smolcluster.device import give_memory_back, is_out_of_memory, prepare_process, resolve_device
+from smolcluster.device import give_memory_back, is_out_of_memory, prepare_process, resolve_device, spare_collector
 from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.build import build_model
@@ -136,6 +136,7 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     _steps(config, data, global_batch)  # a stream is counted here, where nobody waits for this rank
     # Dropout: other masks on every rank, the same in every run.
     torch.manual_seed(seed + rank)
+    spare_collector()
     return Parts(config, rank, data, model, global_batch, rank_weights(config, list(names)), device)
 
 
