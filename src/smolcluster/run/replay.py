@@ -88,7 +88,7 @@ class _Sent(BaseModel):
     version: int
 
 
-class _Update(BaseModel):
+class UpdateLine(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     step: int
@@ -154,7 +154,7 @@ class Replay:
         self._needed = Counter(
             (push.session, part.base)
             for event in self._events
-            if isinstance(event, _Update)
+            if isinstance(event, UpdateLine)
             for push in event.pushes
             for part in push.parts
         )
@@ -164,7 +164,7 @@ class Replay:
     @property
     def updates(self) -> int:
         """How many the log has."""
-        return sum(isinstance(event, _Update) for event in self._events)
+        return sum(isinstance(event, UpdateLine) for event in self._events)
 
     def run(self) -> Iterator[StepResult]:
         """Make the updates; the result of each."""
@@ -186,7 +186,7 @@ class Replay:
         if self._needed[sent.session, sent.version]:
             session.versions[sent.version] = [flat.clone() for flat in session.has]
 
-    def _apply(self, update: _Update) -> StepResult:
+    def _apply(self, update: UpdateLine) -> StepResult:
         total: list[Tensor] = []
         has_gradient = [False] * len(self._params)
         loss_sum, count, first_scale = 0.0, 0, 1.0
@@ -203,7 +203,7 @@ class Replay:
         for param, grad, is_known in zip(self._params, self._parts(total), has_gradient, strict=True):
             param.grad = grad.clone() if is_known else None
         norm = clip_gradients(self._params, self._config.training.grad_clip_norm, 1.0 / (first_scale * max(count, 1)))
-        lr = self._lr(update)
+        lr = self.learning_rate(update)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if update.applied:
@@ -212,7 +212,7 @@ class Replay:
         loss = loss_sum / max(count, 1)
         return StepResult(update.step, loss, count, update.samples, norm, lr, update.applied)
 
-    def _lr(self, update: _Update) -> float:
+    def learning_rate(self, update: UpdateLine) -> float:
         """edp's rule; without a staleness (K = 0) the schedule's own."""
         if update.tau is None:
             return self._lr_schedule(update.step)
@@ -316,7 +316,7 @@ def _through(codec: Codec, tensor: Tensor) -> Tensor:
     return out
 
 
-def _read(path: Path) -> list[_Head | _Sent | _Update]:
+def _read(path: Path) -> list[_Head | _Sent | UpdateLine]:
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent} has no {APPLICATIONS}: only runs of edp write one. Give the folder of such a run to "
@@ -332,11 +332,11 @@ def _read(path: Path) -> list[_Head | _Sent | _Update]:
     return lines
 
 
-def _parse(line: JsonObject) -> _Head | _Sent | _Update:
-    kinds: dict[JsonValue, type[_Head] | type[_Sent] | type[_Update]] = {
+def _parse(line: JsonObject) -> _Head | _Sent | UpdateLine:
+    kinds: dict[JsonValue, type[_Head] | type[_Sent] | type[UpdateLine]] = {
         "run": _Head,
         "weights": _Sent,
-        "update": _Update,
+        "update": UpdateLine,
     }
     return kinds[line.get("event")].model_validate(line)
 
