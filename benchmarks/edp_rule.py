@@ -1,4 +1,4 @@
-"""How good is what edp trains? Real runs against `single` with as many samples, and against the rule without 1/(1 + tau).
+"""How well does edp train? Real runs against `single` with as many samples, and the rule without 1/(1 + tau).
 
     python benchmarks/edp_rule.py --workload mnist --seeds 5
     python benchmarks/edp_rule.py --workload gpt --seeds 3 [--interval 6] [--int8]
@@ -92,8 +92,8 @@ def replayed(run: Path, kind: type[Replay], compression: str | None = None) -> E
 
 def behaviour(run: Path) -> dict[str, Any]:
     """What the run's files say of staleness, waiting and pushes."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    log = [json.loads(line) for line in (run / APPLICATIONS).open()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (run / APPLICATIONS).read_text().splitlines()]
     pushes = [push for line in log if line["event"] == "update" for push in line["pushes"]]
     waiting = []
     for rank in range(1, WORKERS + 1):

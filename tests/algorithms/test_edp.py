@@ -151,7 +151,7 @@ class HeldPort:
     """A worker's port whose pushes are answered when the test says so."""
 
     def __init__(self) -> None:
-        self.rank, self.sessions, self.is_closed = 1, 1, False
+        self.rank, self.sessions, self.is_closed, self.telemetry = 1, 1, False, Telemetry()
         self.pushed: list[tuple[list[Tensor], PushNote, Ticket]] = []
         self.came = threading.Semaphore(0)
 

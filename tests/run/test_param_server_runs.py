@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from monitoring.trace_checks import TraceFile, assert_spans_nest, assert_transfers_are_whole_and_in_order
+
 SOURCE = str(Path(__file__).parent.parent.parent / "src")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 SAMPLES = 1437  # of digits
@@ -209,12 +211,30 @@ def test_machines_of_a_cluster_file_and_one_that_comes_later(tmp_path: Path) -> 
     check_ledger(tmp_path / "run", 120)
 
 
+@pytest.mark.parametrize("algorithm", ["syncps", "edp"])
+def test_a_trace_has_the_server_and_all_workers_on_one_clock(algorithm: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    told = finish(train(folder, "--algorithm", algorithm, "--local", "3", "--max-steps", "12", "--trace"))
+    assert f"the trace is {folder / 'trace.json'}" in told
+    trace = TraceFile(folder / "trace.json")
+    assert set(trace.processes) == {0, 1, 2}
+    assert_spans_nest(trace)
+    assert_transfers_are_whole_and_in_order(trace)
+    assert [event["args"]["step"] for event in trace.spans(0, "compute", "update")] == [*range(12)]
+    assert [event["args"]["step"] for event in trace.spans(0, "compute", "optimizer")] == [*range(12)]
+    steps = [event for rank in (1, 2) for event in trace.spans(rank, "compute", "step")]
+    assert len(steps) >= (24 if algorithm == "syncps" else 12)
+    if algorithm == "edp":
+        log = [json.loads(line) for line in (folder / "applications.jsonl").read_text().splitlines()]
+        pushed = [push for line in log if line["event"] == "update" for push in line["pushes"]]
+        assert sum(len(trace.spans(rank, "pushes")) for rank in (1, 2)) >= len(pushed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--algorithm", "edp", "--local", "1"], "needs a server and a worker. Give --local 2 or more"),
         (["--algorithm", "syncps", "--local", "3", "--backend", "gloo"], "which backend gloo cannot"),
-        (["--algorithm", "edp", "--local", "3", "--trace"], "--trace of algorithm edp comes in a later release"),
         (["--replay", "nowhere"], "there is no run folder. Give the folder of a run of edp"),
         (["--replay", "nowhere", "--algorithm", "edp"], "leave out --algorithm edp"),
     ],

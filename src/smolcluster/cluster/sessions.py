@@ -88,8 +88,10 @@ class SessionWorld(World):
         network: Network,
         patience: float,
         number: int,
+        worker_rank: int,
     ) -> None:
         self.number = number
+        self._worker_rank = worker_rank
         super().__init__(side, view, {1 - side: link}, listener, network, patience)
         self._heartbeat = Heartbeat(self)
 
@@ -97,6 +99,10 @@ class SessionWorld(World):
         """How messages call the other side."""
         name = self.view().members[rank].name
         return f"the server ({name})" if rank == SERVER else f"worker {name}"
+
+    def run_rank(self, rank: int) -> int:
+        """The server is rank 0 of the run, the worker the one that it came as."""
+        return 0 if rank == SERVER else self._worker_rank
 
     def close(self) -> None:
         """Close the link, then end the threads. The server's listeners stay."""
@@ -208,7 +214,7 @@ class Reception:
             newcomer.rank, newcomer.name, granted.session, granted.generation,
         )  # fmt: skip
         world = SessionWorld(
-            SERVER, view, link, _Shared(listener), _NeverDials(), self._patience, number=granted.session
+            SERVER, view, link, _Shared(listener), _NeverDials(), self._patience, granted.session, newcomer.rank
         )
         self._begin(newcomer, world)
 
@@ -331,7 +337,7 @@ def _ask(
         } if 0 <= generation < 2**32 and is_plain(run_id, server) and len(run_id.encode()) <= MAX_NAME_BYTES:
             members = (Member(SERVER, server, address), Member(WORKER, newcomer.name, newcomer.address))
             view = View(generation, members, SERVER, run_id)
-            return SessionWorld(WORKER, view, link, _NoListener(), network, patience, number=session)
+            return SessionWorld(WORKER, view, link, _NoListener(), network, patience, session, newcomer.rank)
         case {"kind": "wait", "reason": str(reason)}:
             raise Wait(reason)
         case {"kind": "refused", "reason": str(reason)}:

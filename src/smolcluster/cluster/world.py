@@ -153,6 +153,10 @@ class World:
         name = self._view.members[rank].name
         return f"rank {rank}" if name == f"rank{rank}" else f"rank {rank} ({name})"
 
+    def run_rank(self, rank: int) -> int:
+        """The number that the whole run knows a rank by."""
+        return rank
+
     def neighbours(self) -> int:
         """How many of the other ranks are on this rank's host, by their addresses."""
         hosts = [member.address.rpartition(":")[0] for member in self._view.members]

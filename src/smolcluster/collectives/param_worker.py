@@ -273,6 +273,11 @@ class WorkerPort:
             newest, session.version = self._received(session, arriving), arriving.version
         return newest
 
+    def last_word(self, speak: Callable[[SessionWorld], None]) -> None:
+        """Let somebody else say something to the server, if there still is one."""
+        if self._session is not None:
+            speak(self._session.world)
+
     def report(self, report: JsonObject) -> None:
         """Tell the server what this worker gave, at the end."""
         if self._session is not None:

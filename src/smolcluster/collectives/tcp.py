@@ -369,7 +369,8 @@ class TcpCommunicator:
 
     def _lane(self, peer: int, member: int, kind: str, receiver: Receiver, timeout: float) -> Lane:
         channel = self._world.open_channel(member, f"{kind}:{self._name}", timeout)
-        spans = LaneSpans(self.telemetry, self._name, self._world.rank, member, messages=kind == "p2p")
+        own, other = self._world.run_rank(self._world.rank), self._world.run_rank(member)
+        spans = LaneSpans(self.telemetry, self._name, own, other, messages=kind == "p2p")
         return Lane(peer, channel, receiver, spans, quantum_bytes=self._quantum_bytes)
 
     def _broken(self, peer: int, error: SmolError) -> None:

@@ -24,7 +24,7 @@ import torch
 
 from smolcluster.collectives.base import Communicator
 from smolcluster.kinds import JsonObject, JsonValue
-from smolcluster.telemetry import BUCKETS, COMPUTE, LOADER, MAX_TRACE_EVENTS, TraceEvent, TraceRecorder
+from smolcluster.telemetry import BUCKETS, COMPUTE, LOADER, MAX_TRACE_EVENTS, PUSHES, TraceEvent, TraceRecorder
 
 Clock = Callable[[], float]
 # From a rank's own time to that of rank 0 or of the file; seconds.
@@ -36,9 +36,11 @@ PIECE_BYTES = 1 << 20
 # The highest tag: an algorithm's own messages count from 0.
 _TAG = 2**30 - 1
 _EMPTY = torch.empty(0, dtype=torch.uint8)
+# Said of a trace that lacks the other ranks.
+INCOMPLETE: JsonObject = {"incomplete": "the run failed: rank 0 alone wrote this"}
 # Perfetto looks threads up by their number alone, so no two ranks may have the same.
 _THREADS_PER_RANK = 1000
-_FIRST_TRACKS = (COMPUTE, BUCKETS, LOADER)
+_FIRST_TRACKS = (COMPUTE, BUCKETS, PUSHES, LOADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +133,11 @@ class RunTrace:
             return None
         assert self._path is not None
         all_pieces = chain(pieces, *(self._fetch(peer) for peer in range(1, comm.world_size)))
-        error = _write_file(self._path, all_pieces, {"ranks": [*ranks]})
+        error = write_trace(self._path, all_pieces, {"ranks": [*ranks]})
         comm.barrier()
         if error is not None:
             return error
-        lost = sum(int(_number(rank["dropped_events"])) for rank in ranks)
-        lacks = f", without the first {lost} events: a rank keeps the newest {MAX_TRACE_EVENTS}" if lost else ""
-        return f"the trace is {self._path}{lacks}; open it in https://ui.perfetto.dev"
+        return where_it_is(self._path, sum(int(_number(rank["dropped_events"])) for rank in ranks))
 
     def _write_own(self) -> None:
         """After a failure, which is what the user has to hear of."""
@@ -145,7 +145,7 @@ class RunTrace:
         if self._path is not None:
             with contextlib.suppress(Exception):
                 pieces = self._pieces(self._first, self._began)
-                _write_file(self._path, pieces, {"incomplete": "the run failed: rank 0 alone wrote this"})
+                write_trace(self._path, pieces, INCOMPLETE)
 
     def _fetch(self, peer: int) -> Iterator[bytes]:
         while True:
@@ -159,16 +159,7 @@ class RunTrace:
         """This rank's events as JSON, separated by commas, in pieces. `began`: rank 0's time of the file's 0."""
         to_common = on_rank_0s_clock(self._first, last)
         events = self._recorder.events()
-        lines: list[str] = []
-        nbytes = 0
-        for event in chrome_events(events, self._comm.rank, self._name, lambda at: to_common(at) - began):
-            lines.append(json.dumps(event, separators=(",", ":")))
-            nbytes += len(lines[-1])
-            if nbytes >= PIECE_BYTES:
-                yield ",\n".join(lines).encode()
-                lines, nbytes = [], 0
-        if lines:
-            yield ",\n".join(lines).encode()
+        yield from in_pieces(chrome_events(events, self._comm.rank, self._name, lambda at: to_common(at) - began))
 
     def _before_update(self, *_: object) -> None:
         self._update_began = self._clock()
@@ -289,7 +280,27 @@ def _number(value: JsonValue) -> float:
     return value if isinstance(value, int | float) else 0.0
 
 
-def _write_file(path: Path, pieces: Iterator[bytes], other: JsonObject) -> str | None:
+def in_pieces(events: Iterable[JsonObject], nbytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Events as JSON, separated by commas, some of them at a time: about `nbytes`."""
+    lines: list[str] = []
+    length = 0
+    for event in events:
+        lines.append(json.dumps(event, separators=(",", ":")))
+        length += len(lines[-1])
+        if length >= nbytes:
+            yield ",\n".join(lines).encode()
+            lines, length = [], 0
+    if lines:
+        yield ",\n".join(lines).encode()
+
+
+def where_it_is(path: Path, dropped: int) -> str:
+    """What the user is told of a trace that is written."""
+    lacks = f", without the first {dropped} events: a rank keeps the newest {MAX_TRACE_EVENTS}" if dropped else ""
+    return f"the trace is {path}{lacks}; open it in https://ui.perfetto.dev"
+
+
+def write_trace(path: Path, pieces: Iterator[bytes], other: JsonObject) -> str | None:
     """Write events, separated by commas, and what else is to be known; the error in words, None if all is well.
 
     All pieces are taken also when the disk is full: other ranks wait until theirs are.

@@ -25,7 +25,7 @@ from smolcluster.run.folder import Ran, RunFolder
 from smolcluster.run.rank import Bootstrap
 from smolcluster.run.resume import ResumePoint, find_resume_point
 from smolcluster.run.supervisor import EXIT_FAILED, ChildSpec, Elastic, Outcome, Supervisor
-from smolcluster.run.support import PARAMETER_SERVERS, check_supported, min_ranks, rank_weights, refuse_trace
+from smolcluster.run.support import PARAMETER_SERVERS, check_supported, min_ranks, rank_weights
 from smolcluster.transport.security import new_token
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ def run_local(
         ConfigError: this release cannot do what the configuration asks for, or the folder is taken.
     """
     check_supported(config, world_size)
-    refuse_trace(config, trace=trace)
     names = [f"rank{rank}" for rank in range(world_size)]
     rank_weights(config, names)
     while True:

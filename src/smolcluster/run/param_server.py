@@ -31,6 +31,7 @@ from smolcluster.errors import CheckpointError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.resources import peak_rss_bytes
+from smolcluster.monitoring.session_trace import ServerTrace, WorkerTrace
 from smolcluster.run.build import (
     Parts,
     ServerParts,
@@ -44,10 +45,11 @@ from smolcluster.run.replay import APPLICATIONS
 from smolcluster.run.resume import RunMeta, RunProgress
 from smolcluster.run.session import ExtendedRows, RankResult, held_bytes, optimizer_bytes, run_values
 from smolcluster.run.support import min_ranks
+from smolcluster.telemetry import Telemetry
 from smolcluster.training.flat import constants, trained
 from smolcluster.training.leased import LeasedBatches
 from smolcluster.training.role import RunContext, TrainerRole
-from smolcluster.training.server import Crew, ServerRole
+from smolcluster.training.server import REPORT_PATIENCES, Crew, ServerRole
 from smolcluster.training.step import EvalSums, evaluate_batch, prepare_model
 from smolcluster.training.trainer import Progress, Trainer, TrainResult
 from smolcluster.transport.base import Listener, Network
@@ -59,6 +61,8 @@ GENERATION = "generation.json"
 NO_END = 1 << 62
 # A server that is gone is looked for so many patiences: somebody has to start it again, and it has to import torch.
 SEARCH_PATIENCES = 60
+# Workers send their traces before their last word: so many patiences are these waited for then.
+TRACE_PATIENCES = 12
 
 
 def run_server(
@@ -72,6 +76,7 @@ def run_server(
     resume: Path | None = None,
     restarts: int = 0,
     skip_nonfinite: bool = False,
+    trace: Path | None = None,
     deliver: Callable[[], None] | None = None,
     note: Callable[[str], None] | None = None,
     opened: Callable[[Worker, SessionWorld], None] | None = None,
@@ -90,6 +95,7 @@ def run_server(
         restarts: how often the server was started before by whoever starts it again; without that, and with a
             checkpoint, what that says counts.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
+        trace: the trace of the server and all workers; None: no trace is recorded.
         deliver: brings the rows so far to the disk; called before each checkpoint and at the end.
         note: shows the user a line.
         opened: called with each new session, before anything is received in it.
@@ -111,6 +117,15 @@ def run_server(
             applications.append([{"event": "run", "global_batch": parts.global_batch, "schedule_steps": batches}])
     generations = _Generations(folder / GENERATION, names[0])
     model = prepare_model(parts.model, config.training.precision, parts.device)
+    telemetry = Telemetry()
+    recording = None if trace is None else ServerTrace(telemetry, trace, names[0])
+
+    def session_opened(worker: Worker, world: SessionWorld) -> None:
+        if recording is not None:
+            recording.open(world)
+        if opened is not None:
+            opened(worker, world)
+
     port = ServerPort(
         names,
         FlatLayout(trained(model)),
@@ -119,7 +134,8 @@ def run_server(
         codec=codec_for(config.cluster.compression),
         generation=max(position.generation, generations.last),
         record=generations.record,
-        opened=opened,
+        telemetry=telemetry,
+        opened=session_opened,
     )
     global_batch = parts.global_batch if meta is None else meta.global_batch
     built = assemble_server(parts, port, global_batch=global_batch, skip_nonfinite=skip_nonfinite)
@@ -147,6 +163,7 @@ def run_server(
         note=note,
         ended=ended,
         rank_samples=samples,
+        report_patiences=REPORT_PATIENCES if recording is None else TRACE_PATIENCES,
     )
     reception = Reception(
         listeners,
@@ -163,11 +180,15 @@ def run_server(
         closing.callback(port.close)
         closing.callback(reception.close)
         (optimizer,) = built.optimizers
+        if recording is not None:
+            recording.watch(built.optimizers)
+            closing.enter_context(recording)
         rows = ExtendedRows(context.metrics, parts, model, optimizer, None)
         result = role.run(RunContext(rows, None, context.stop))
     if deliver is not None:
         deliver()
-    return _server_result(parts, built, port, result, role.crew, samples, restarts)
+    shown = None if recording is None else recording.write()
+    return _server_result(parts, built, port, result, role.crew, samples, restarts, shown)
 
 
 def run_worker(
@@ -214,13 +235,22 @@ def run_worker(
             ended=ended,
         )
 
+    telemetry = Telemetry()
+    trace = WorkerTrace(telemetry, parts.rank, name)
+
+    def session_began(world: SessionWorld) -> None:
+        trace.begin(world)
+        if began is not None:
+            began(world)
+
     port = WorkerPort(
         parts.rank,
         connect,
         FlatLayout(trained(model)),
         constants=constants(model),
         codec=codec_for(config.cluster.compression),
-        began=began,
+        telemetry=telemetry,
+        began=session_began,
         spans_by_lease=counts_pushes(config),
     )
     if attach is not None:
@@ -232,6 +262,7 @@ def run_worker(
     try:
         rows = ExtendedRows(context.metrics, parts, model, None, None)
         result = TrainerRole(trainer).run(RunContext(rows, None, context.stop))
+        port.last_word(trace.send)
         port.report(_worker_report(parts, port))
         return result
     finally:
@@ -387,6 +418,7 @@ def _server_result(
     crew: Crew,
     rank_samples: Sequence[int],
     restarts: int,
+    note: str | None,
 ) -> RankResult:
     model = built.rule.model
     sha256 = weights_sha256(model)
@@ -403,7 +435,7 @@ def _server_result(
     ranks = [report | {"samples": samples} for report, samples in zip(reports, rank_samples, strict=True)]
     values: JsonObject = {**run_values(parts, model, result, sha256), "restarts": restarts}
     values["lost_ranks"], values["joined_ranks"] = [*sorted(crew.lost)], [*sorted(crew.joined)]
-    return RankResult(values, ranks, result.stopped)
+    return RankResult(values, ranks, result.stopped, note)
 
 
 def _worker_report(parts: Parts, port: WorkerPort) -> JsonObject:

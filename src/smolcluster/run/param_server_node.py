@@ -22,7 +22,7 @@ from smolcluster.monitoring.reporters import Reporter
 from smolcluster.run.folder import Ran, RunFolder
 from smolcluster.run.node import NodeOptions, check_interface, error_text, stopping_on_signals
 from smolcluster.run.supervisor import EXIT_FAILED, EXIT_INTERRUPTED
-from smolcluster.run.support import check_supported, exposure, rank_weights, refuse_trace, shared_options, tcp_options
+from smolcluster.run.support import check_supported, exposure, rank_weights, shared_options, tcp_options
 from smolcluster.transport.security import load_token
 from smolcluster.transport.tcp import TcpNetwork, format_address, listen
 
@@ -61,7 +61,6 @@ def run_param_server_node(config: Config, hostname: str, options: NodeOptions, s
         )
     me = members[names.index(hostname)]
     check_supported(config, len(members))
-    refuse_trace(config, trace=options.trace)
     rank_weights(config, names)
     addresses = [ip for member in members for ip, _ in (*member.listens, *([member.dials] if member.dials else []))]
     if me.role == "server":
@@ -124,6 +123,7 @@ def _serve(config: Config, names: Sequence[str], me: Member, options: NodeOption
                     folder=folder.path,
                     resume=None if options.resume is None else options.resume.checkpoint,
                     skip_nonfinite=options.skip_nonfinite,
+                    trace=folder.trace if options.trace else None,
                     deliver=folder.sync,
                     note=options.reporter.note,
                     opened=mail.open,
@@ -135,6 +135,8 @@ def _serve(config: Config, names: Sequence[str], me: Member, options: NodeOption
             lost = [error.rank] if isinstance(error, PeerLost) and error.rank > 0 else []
             code = error.exit_code if isinstance(error, SmolError) else EXIT_FAILED
             return Ran(code, folder.path, folder.fail(lost), error_text(0, error))
+        if result.note is not None:
+            options.reporter.note(result.note)
         code = EXIT_INTERRUPTED if result.stopped else 0
         return Ran(code, folder.path, folder.finish(result.run, result.ranks, exit_code=code))
 

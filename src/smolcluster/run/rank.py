@@ -215,10 +215,13 @@ class _Rank:
             resume=start.resume,
             restarts=start.restarts,
             skip_nonfinite=start.skip_nonfinite,
+            trace=start.trace,
             deliver=self._link.deliver,
             note=lambda text: self._link.tell({"event": "note", "text": text}),
             ended=failure.get,
         )
+        if result.note is not None:
+            self._link.tell({"event": "note", "text": result.note})
         self._link.tell({"event": "result", "run": result.run, "ranks": [*result.ranks], "stopped": result.stopped})
         return EXIT_INTERRUPTED if result.stopped else 0
 

@@ -73,19 +73,6 @@ def _check_parameter_server(config: Config, world_size: int) -> None:
         )
 
 
-def refuse_trace(config: Config, *, trace: bool) -> None:
-    """Refuse --trace where nothing would be recorded.
-
-    Raises:
-        ConfigError: this algorithm records none yet.
-    """
-    if trace and config.algorithm in PARAMETER_SERVERS:
-        raise ConfigError(
-            f"--trace of algorithm {config.algorithm} comes in a later release. Leave it out: metrics.jsonl has the "
-            "times of every step"
-        )
-
-
 def min_ranks(config: Config, world_size: int) -> int:
     """Fewest ranks that a run goes on with: all, or with a parameter server the server and one worker."""
     if config.algorithm in PARAMETER_SERVERS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from smolcluster.collectives.param_messages import PushNote
 from smolcluster.collectives.param_worker import Ticket, WorkerPort
+from smolcluster.telemetry import PUSHES
 from smolcluster.training.server import as_result
 from smolcluster.training.step import StepResult
 
@@ -95,6 +97,15 @@ class _Waiting:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A push that is not answered."""
+
+    note: PushNote
+    ticket: Ticket
+    began: float
+
+
 class Outbox:
     """Pushes in the background, on a thread of its own. What does not fit into its queue is added up, never dropped."""
 
@@ -102,7 +113,7 @@ class Outbox:
         self._port = port
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
-        self._in_flight: deque[tuple[int, Ticket]] = deque()  # (the push's last lease, ticket)
+        self._in_flight: deque[_InFlight] = deque()
         self._results: deque[StepResult] = deque()
         self._error: BaseException | None = None
         self._is_closing = False
@@ -145,8 +156,8 @@ class Outbox:
     def _run(self) -> None:
         try:
             while (item := self._next()) is not None:
-                ticket = self._port.push(item.gradients, item.note)
-                self._in_flight.append((item.note.leases[-1], ticket))
+                began = time.monotonic()
+                self._in_flight.append(_InFlight(item.note, self._port.push(item.gradients, item.note), began))
                 self._collect(at_most=MAX_IN_FLIGHT - 1)
             self._collect(at_most=0)
         except BaseException as error:  # noqa: BLE001 - a thread's top: `put` raises it
@@ -168,9 +179,13 @@ class Outbox:
 
     def _collect(self, at_most: int) -> None:
         """Take answers until at most so many are missing, and all that are there."""
-        while self._in_flight and (len(self._in_flight) > at_most or self._in_flight[0][1].done()):
-            lease, ticket = self._in_flight.popleft()
-            result = as_result(ticket.wait(is_hidden=True), spans=lease)
+        while self._in_flight and (len(self._in_flight) > at_most or self._in_flight[0].ticket.done()):
+            push = self._in_flight.popleft()
+            lease = push.note.leases[-1]
+            result = as_result(push.ticket.wait(is_hidden=True), spans=lease)
+            if (trace := self._port.telemetry.trace) is not None:
+                details = {"step": lease, "leases": len(push.note.leases)}
+                trace.add(PUSHES, "push", push.began, time.monotonic(), details)
             if result is not None:
                 with self._changed:
                     self._results.append(result)

@@ -26,6 +26,7 @@ from smolcluster.collectives.param_server import Asked, Event, Joined, Left, Pus
 from smolcluster.data.leases import Lease, Range
 from smolcluster.errors import PeerLost, RendezvousTimeout, SmolError
 from smolcluster.kinds import JsonObject, JsonValue
+from smolcluster.telemetry import COMPUTE
 from smolcluster.training.role import RunContext
 from smolcluster.training.step import EvalSums, StepResult
 from smolcluster.training.trainer import Progress, TrainResult, evaluation_numbers, json_number, stop_on_interrupt
@@ -172,6 +173,7 @@ class ServerRole:
         note: Callable[[str], None] | None = None,
         ended: Callable[[], SmolError | None] | None = None,
         rank_samples: list[int] | None = None,
+        report_patiences: float = REPORT_PATIENCES,
     ) -> None:
         """Say what to do; `run` does it.
 
@@ -193,7 +195,9 @@ class ServerRole:
             note: shows the user a line.
             ended: asked now and then what has ended the run from outside; None: nothing.
             rank_samples: samples that count, by rank; counted on here.
+            report_patiences: the workers' last word is waited for so many patiences.
         """
+        self._report_patiences = report_patiences
         self._ended = ended or (lambda: None)
         self._rank_samples = rank_samples
         self.crew = Crew()
@@ -251,9 +255,10 @@ class ServerRole:
         self._lap = time.monotonic()
         stopped = False
         while not self._rule.is_finished():
-            for update in self._rule.advance():
+            for update in self._timed(self._rule.advance()):
                 self._port.flush()  # workers hear of it before anything is written
-                self._after_update(update)
+                with self._port.telemetry.traced("write"):
+                    self._after_update(update)
                 if self._context.stop.is_set():
                     break
                 self._handle_next(0.0)  # who asks meanwhile does not wait until all that has come is applied
@@ -264,6 +269,19 @@ class ServerRole:
                 self._handle_next(self._rule.deadline())
         self._conclude(stopped)
         return self._result(stopped)
+
+    def _timed(self, updates: Iterator[Update]) -> Iterator[Update]:
+        """The same, each with its row in a trace."""
+        while True:
+            began = time.monotonic()
+            update = next(updates, None)
+            if update is None:
+                return
+            telemetry = self._port.telemetry
+            if telemetry.trace is not None:
+                telemetry.step = update.result.step + 1  # the optimizer's span is of the step that is to come
+                telemetry.trace.add(COMPUTE, "update", began, time.monotonic(), {"step": update.result.step})
+            yield update
 
     def _await_workers(self) -> None:
         """Until all are here, or enough of them for a while."""
@@ -494,7 +512,7 @@ class ServerRole:
         self._is_over = True
         version, weights = self._rule.last_weights()
         self._port.end(None, version, weights)
-        deadline = time.monotonic() + REPORT_PATIENCES * self._patience
+        deadline = time.monotonic() + self._report_patiences * self._patience
         while time.monotonic() < deadline:
             waited_for = {worker.rank for worker in self._port.workers()} - self.crew.reports.keys()
             if not waited_for:
