@@ -32,9 +32,8 @@ from smolcluster.config.schema import resolved_batch_size
 from smolcluster.data.loader import eval_batches
 from smolcluster.data.source import MemoryData
 from smolcluster.run.build import prepare
-from smolcluster.run.replay import APPLICATIONS, Replay, UpdateLine
+from smolcluster.run.replay import APPLICATIONS, Head, Replay, UpdateLine, schedule_of
 from smolcluster.training.optim import optimizer_factory
-from smolcluster.training.schedule import lr_schedule
 from smolcluster.training.step import EvalSums, evaluate_batch
 
 WORKERS = 3
@@ -50,6 +49,13 @@ SETTINGS = {
         ], "preset": "single_gpt", "learning_rate": 1e-2,
     },
 }  # fmt: skip
+
+
+class Int8(Replay):
+    """The same events, through another codec."""
+
+    def follow(self, head: Head) -> None:
+        super().follow(head.model_copy(update={"settings": {**head.settings, "cluster": {"compression": "int8"}}}))
 
 
 class Unscaled(Replay):
@@ -68,19 +74,16 @@ def train(out: Path, preset: str, settings: list[str], *arguments: str) -> dict[
     return json.loads((out / "summary.json").read_text())
 
 
-def replayed(run: Path, kind: type[Replay], compression: str | None = None) -> EvalSums:
+def replayed(run: Path, kind: type[Replay]) -> EvalSums:
     """The run's log once more, with another rule or codec; validation at its end."""
     config = load_config(files=[run / "config.yaml"]).config
-    if compression is not None:
-        cluster = config.cluster.model_copy(update={"compression": compression})
-        config = config.model_copy(update={"cluster": cluster})
-    training, schedule = config.training, config.lr_schedule
+    training = config.training
     parts = prepare(config.model_copy(update={"algorithm": "single"}), 0, ["rank0"])
     assert isinstance(parts.data, MemoryData)
     factory = optimizer_factory(training.optimizer, training.learning_rate, training.weight_decay)
     replay = kind(
         run, config, parts.data, parts.model, factory,
-        lambda steps: lr_schedule(schedule.kind, training.learning_rate, schedule.warmup_iters, schedule.min_lr, steps),
+        schedule_of,
     )  # fmt: skip
     for _ in replay.run():
         pass
@@ -122,7 +125,7 @@ def compare(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
     edp = train(run, workload["preset"], own, "--algorithm", "edp", "--local", str(WORKERS + 1))
     assert edp["samples"] == single["samples"]
     sums = None if options.skip_unscaled else replayed(run, Unscaled)
-    int8 = replayed(run, Replay, "int8") if options.int8 else None
+    int8 = replayed(run, Int8) if options.int8 else None
     return {
         "seed": seed, "learning_rate": rate, "samples": edp["samples"],
         "single_loss": single["val_loss"], "single_accuracy": single["val_accuracy"],

@@ -181,6 +181,10 @@ class Run:
         """Whether the server has let one in; it then waits some patiences for the others."""
         return "worker joined rank=" in self.log(0)
 
+    def has_begun(self, rank: int) -> bool:
+        """Whether a machine of the cluster file ever had a session: it must then end by itself."""
+        return f"worker joined rank={rank} " in self.log(0)
+
     def is_in(self, rank: int) -> bool:
         """Whether a worker's newest process has a session."""
         log = self.log(rank)
@@ -438,7 +442,7 @@ def start(run: Run, storm: Storm, kind: str, wanted: int, netlab: Netlab | None)
 def leave_out_late(trial: Trial, run: Run) -> None:
     """Machines that were still starting when the run was over: they look for a server that nobody will start."""
     for fault in list(trial.faults):
-        if all(line["rank"] != fault.rank for line in run.ledger()):
+        if not run.has_begun(fault.rank):
             trial.faults.remove(fault)
             trial.notes.append(f"rank {fault.rank} came when the run was over")
             late = run.processes.pop(f"host{fault.rank}")

@@ -197,7 +197,7 @@ class ParamServerRun:
         self.listener = self.network.listen("server", 0)
         self.reception = Reception(
             [self.listener], name="server", patience=PATIENCE, options={"seed": "3"}, grant=self.port.grant,
-            begin=self.port.begin,
+            begin=self.port.begin, revoke=self.port.revoke,
         )  # fmt: skip
         self.rows = Rows()
         self.notes: list[str] = []
@@ -211,6 +211,7 @@ class ParamServerRun:
             checkpoint_steps=None if checkpoint is None else checkpoint[1],
         )  # fmt: skip
         self.stop = threading.Event()
+        self.worker_began = threading.Event()  # worker 2's first session
         self._result: TrainResult | BaseException | None = None
         self.worker_ports: dict[int, WorkerPort] = {}
         self.worker_models: dict[int, nn.Module] = {}
@@ -226,9 +227,9 @@ class ParamServerRun:
         steps = NEVER if setting.epochs is not None else case.steps
         return SyncPsServer(
             self.model, optimizer_factory("adamw", 3e-3, 0.1), self.port, self.pool,
-            steps=steps, count_planned=self.count_planned, shares=WorkerShares(case.shares or [1.0] * 9),
+            steps=steps, count_planned=self.count_planned,
             precision=case.precision, lr_schedule=lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps),
-            **{**options, **setting.server},
+            **{"shares": WorkerShares(case.shares or [1.0] * 9), **options, **setting.server},
         )  # fmt: skip
 
     def make_worker(self, model: nn.Module, port: WorkerPort) -> Any:
@@ -289,6 +290,11 @@ class ParamServerRun:
     def _save(self, folder: Path, progress: Progress) -> None:
         save_checkpoint(folder, progress.steps, self.rule.state(), {"pool": self.pool.state()})
 
+    def _began(self, rank: int, world: SessionWorld) -> None:
+        self.worlds[rank] = world
+        if rank == 2:
+            self.worker_began.set()
+
     def _layout(self, model: nn.Module) -> FlatLayout:
         if self.case.precision == "fp64":
             model = model.double()
@@ -313,7 +319,7 @@ class ParamServerRun:
 
         port = WorkerPort(
             rank, connect, layout, codec=codec_for(self.setting.compression),
-            began=lambda world: self.worlds.__setitem__(rank, world),
+            began=lambda world: self._began(rank, world),
         )  # fmt: skip
         self.worker_ports[rank], self.worker_models[rank] = port, model
         batches = LeasedBatches(port, self.data, self.sampler, self.case.micro_batches)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from algorithms.param_servers import NEVER, ParamServerRun, Setting, audit
 from smolcluster.algorithms.edp import EdpServer, EdpWorker
 from smolcluster.checkpoint.ledger import LEDGER, read_ledger
 from smolcluster.collectives.param_messages import Answer, PushNote
-from smolcluster.collectives.param_server import Push
+from smolcluster.collectives.param_server import Push, Worker
 from smolcluster.collectives.param_worker import Ticket, WorkerPort
 from smolcluster.telemetry import Telemetry
 from smolcluster.training.optim import optimizer_factory
@@ -272,3 +272,49 @@ def test_a_push_after_the_end_is_lost_at_once() -> None:
     run.result()
     assert told.is_set()
     assert pushed == [True]
+
+
+def test_a_worker_that_comes_when_the_others_were_told_of_the_end_is_told_too() -> None:
+    run = EdpRun(Case(steps=3), Setting(1)).start()
+    end = run.port.end
+    told = threading.Event()
+
+    def end_and_let_one_in(*arguments: Any) -> None:
+        end(*arguments)
+        run.add_worker(2)
+        run.worker_began.wait(10)
+        told.set()
+
+    run.port.end = end_and_let_one_in  # type: ignore[method-assign]
+    run.result()
+    assert told.is_set()
+    assert not run.worker_errors
+
+
+def test_weights_wait_until_those_before_them_have_left() -> None:
+    """A slow link to a worker: older weights must not pile up in front of newer ones."""
+    run = EdpRun(Case(steps=12), Setting(1))
+    room, sent = [True], []
+    run.port.has_room = lambda worker: room[0]  # type: ignore[method-assign]
+    send_weights = run.port.send_weights
+
+    def sending(worker: Worker, version: int, weights: Any) -> None:
+        sent.append(version)
+        room[0] = version >= 8
+        send_weights(worker, version, weights)
+
+    run.port.send_weights = sending  # type: ignore[method-assign]
+    apply = run.rule._apply
+
+    def applying(push: Push) -> Any:
+        update = apply(push)
+        if update.result.step == 7:
+            room[0] = True
+        return update
+
+    run.rule._apply = applying
+    run.start()
+    run.result()
+    assert sent[:2] == [1, 8]  # 2 to 7 were wanted and never sent
+    logged = [row["version"] for row in run.log.rows if row["event"] == "weights"]
+    assert logged == [0, *sent]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +277,114 @@ def test_a_step_that_closes_without_a_worker_is_the_mean_of_what_has_come() -> N
     assert (update.result.loss, update.result.count) == (1.0, 4)
     for param, old in zip(model.parameters(), before, strict=True):
         assert torch.allclose(param, old - 0.1 * summed / 4)
+
+
+def test_a_push_for_a_step_that_a_checkpoint_has_is_refused() -> None:
+    """K = 1: step 1 would close without the straggler, and its sum is saved; what comes then is in no update."""
+    model = nn.Linear(2, 2)
+    port = StubPort(FlatLayout(list(model.parameters())))
+    pool = SamplePool(Sampler(64, 8, 0), 1)
+    rule = SyncPsServer(
+        model, optimizer_factory("sgd", 0.1), port, pool, steps=1000,  # type: ignore[arg-type]
+        count_planned=lambda ranges: 8, shares=WorkerShares([1.0, 1.0]), staleness_bound=1, timeout=1e-9,
+    )  # fmt: skip
+    workers = [Worker(1, 1, "first"), Worker(2, 2, "straggler")]
+    for worker in workers:
+        rule.joined(worker)
+    assert list(rule.advance()) == []
+
+    def push(worker: Worker, step: int) -> None:
+        lease = next(number for owner, number, of in port.lent if (owner, of) == (worker, step))
+        note = PushNote(leases=(lease,), bases=(0,), loss_sum=1.0, count=4, samples=4, scale=1.0, compute_s=0.1)
+        rule.pushed(Push(worker, lease, note, [flat.fill_(1.0) for flat in port.layout.empty()]))
+
+    push(workers[0], 0)
+    assert next(rule.advance()).result.samples == 4
+    push(workers[0], 1)
+    rule.hold = True
+    assert rule.is_settled()
+    rule.state()
+    push(workers[1], 1)
+    assert rule.refused == 1
+    rule.hold = False
+    assert next(rule.advance()).result.samples == 4
+    committed = [commit for commit in rule.take_commits() if commit.step == 1]
+    assert sum(commit.lease.samples for commit in committed) == 4
+
+
+def test_while_a_checkpoint_is_due_the_next_look_is_at_a_time_to_come() -> None:
+    """A step that may close already is no reason to look again at once."""
+    model = nn.Linear(2, 2)
+    port = StubPort(FlatLayout(list(model.parameters())))
+    rule = SyncPsServer(
+        model, optimizer_factory("sgd", 0.1), port, SamplePool(Sampler(64, 8, 0), 1), steps=9,  # type: ignore[arg-type]
+        count_planned=lambda ranges: 8, shares=WorkerShares([1.0, 1.0]), staleness_bound=1, timeout=0.05,
+    )  # fmt: skip
+    first, second = Worker(1, 1, "first"), Worker(2, 2, "second")
+    rule.joined(first)
+    rule.joined(second)
+    assert list(rule.advance()) == []
+    rule.hold = True
+    for step in (0, 1):
+        lease = next(number for owner, number, of in port.lent if (owner, of) == (first, step))
+        note = PushNote(leases=(lease,), bases=(0,), loss_sum=1.0, count=4, samples=4, scale=1.0, compute_s=0.1)
+        rule.pushed(Push(first, lease, note, [flat.fill_(1.0) for flat in port.layout.empty()]))
+        time.sleep(0.03)
+    assert (deadline := rule.deadline()) is not None
+    assert deadline > time.monotonic() or rule.is_settled()
+
+
+def test_a_worker_blends_with_its_own_weights() -> None:
+    """Interval 1, one worker: w_server is known for every step, so the worker's weights are a recursion over them."""
+    alpha, case = 0.5, Case(steps=6, precision="fp64")
+    run = ParamServerRun(case, Setting(1, worker={"polyak_alpha": alpha}))
+    computed: list[list[torch.Tensor]] = []
+    served: list[list[torch.Tensor]] = []
+    lend = run.port.lend
+
+    def noting(worker: Worker, lease: Lease, **details: Any) -> None:
+        served.append([flat.clone() for flat in details["weights"]])
+        lend(worker, lease, **details)
+
+    run.port.lend = noting  # type: ignore[method-assign, assignment]
+    make_worker = run.make_worker
+
+    def watched(model: nn.Module, port: Any) -> Any:
+        strategy = make_worker(model, port)
+        model.register_forward_pre_hook(
+            lambda *_: computed.append(run.layout.flatten([param.detach() for param in model.parameters()]))
+        )
+        return strategy
+
+    run.make_worker = watched  # type: ignore[method-assign]
+    run.start()
+    run.result()
+    assert len(computed) == len(served) == 6
+    expected = served[0]  # the first replace what it has
+    for own, server in zip(computed, served, strict=True):
+        if server is not served[0]:
+            expected = [(1 - alpha) * new + alpha * old for new, old in zip(server, expected, strict=True)]
+        for mine, wanted in zip(own, expected, strict=True):
+            assert torch.allclose(mine, wanted, rtol=0, atol=1e-12)
+    assert any(not torch.allclose(a, b) for a, b in zip(computed[-1], served[-1], strict=True))
+
+
+def test_automatic_shares_follow_the_measured_speeds(tmp_path: Path) -> None:
+    """One worker takes 0.2 s for what the other does at once: it is lent less and less."""
+    case = Case(length=400, global_batch=20)
+    setting = Setting(2, epochs=2, folder=tmp_path, server={"shares": WorkerShares([1.0, 1.0], measures=True)})
+    run = ParamServerRun(case, setting)
+    make_worker = run.make_worker
+
+    def slowed(model: nn.Module, port: Any) -> Any:
+        if port.rank == 2:
+            model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+        return make_worker(model, port)
+
+    run.make_worker = slowed  # type: ignore[method-assign]
+    run.start()
+    run.result()
+    parts = [line["samples"] for line in read_ledger(tmp_path / LEDGER) if line["rank"] == 2]
+    assert parts[0] == 10
+    assert parts[-1] <= 4  # type: ignore[operator]
+    audit(tmp_path / LEDGER, 400, epochs=2)

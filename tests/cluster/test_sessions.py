@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from cluster.worlds import DEADLINE, Attempt, Meeting
 from smolcluster.cluster.sessions import Granted, Newcomer, Reception, SessionWorld, Wait, join_session
-from smolcluster.errors import AuthFailed, ConfigError, RendezvousTimeout
+from smolcluster.errors import AuthFailed, ConfigError, PeerLost, RendezvousTimeout
 from smolcluster.transport import tcp
 from smolcluster.transport.tcp import TcpNetwork, TcpOptions
 
@@ -26,9 +27,11 @@ class Server:
         self.began = threading.Semaphore(0)
         self.number = 0
         self.worlds: list[SessionWorld] = []
+        self.revoked: list[Granted] = []
+        self.failing: set[str] = set()  # whose sessions do not begin
         self.reception = Reception(
             self.meeting.listeners, name="server", patience=PATIENCE, options={"seed": "1"}, grant=grant or self.grant,
-            begin=self.begin,
+            begin=self.begin, revoke=self.revoked.append,
         )  # fmt: skip
 
     def grant(self, newcomer: Newcomer) -> Granted:
@@ -36,6 +39,9 @@ class Server:
         return Granted(self.number, 10 + self.number)
 
     def begin(self, newcomer: Newcomer, world: SessionWorld) -> None:
+        if newcomer.name in self.failing:
+            world.close()
+            raise PeerLost("its connections did not come up", 1)
         self.sessions.append((newcomer, world))
         self.began.release()
 
@@ -144,6 +150,16 @@ def test_who_is_never_let_in_is_told_why_at_last(kind: str) -> None:
             server.join(1, timeout=0.5)
     finally:
         server.close()
+
+
+def test_what_was_granted_and_did_not_begin_is_revoked(server: Server) -> None:
+    server.failing = {"worker1"}
+    server.join(1)
+    deadline = time.monotonic() + DEADLINE
+    while not server.revoked:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert server.revoked == [Granted(1, 11)]
 
 
 def test_other_options_are_refused_by_name(server: Server) -> None:

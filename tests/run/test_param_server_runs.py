@@ -118,6 +118,24 @@ def test_a_run_of_edp_replays_to_the_same_weights(tmp_path: Path) -> None:
     assert abs(summary(tmp_path / "replay")["val_loss"] - summary(tmp_path / "edp")["val_loss"]) <= 1e-11
 
 
+def test_a_run_that_was_resumed_with_other_settings_replays_too(tmp_path: Path) -> None:
+    folder, options = tmp_path / "edp", ["--algorithm", "edp", "--local", "3", "--override", "lr_schedule.kind=cosine"]
+    finish(train(folder, *options, "--max-steps", "30"))
+    changed = [
+        "--max-steps",
+        "50",
+        "--override",
+        "training.learning_rate=0.01",
+        "--override",
+        "cluster.compression=bf16",
+    ]
+    finish(train(folder, *options, *changed, "--resume", "latest"))
+    told = finish(start("train", "--replay", str(folder), "--out", str(tmp_path / "replay")))
+    (difference,) = re.findall(r"the weights differ from those of .* by at most (\S+)", told)
+    assert float(difference) <= 1e-11
+    assert summary(tmp_path / "replay")["steps"] == 50
+
+
 def test_a_run_goes_on_without_a_worker_that_dies(tmp_path: Path) -> None:
     run = train(tmp_path / "run", "--algorithm", "syncps", "--local", "3", "--override", "training.epochs=8")
     wait_for(lambda: len(rows(tmp_path / "run")) > 5)

@@ -223,6 +223,7 @@ class _Member:
         wanted: leases that it has asked for and not got.
         leases: that are out, by number.
         has_weights: it was sent its first.
+        wants_weights: it has asked for newer ones, which were not sent yet.
     """
 
     worker: Worker
@@ -231,6 +232,7 @@ class _Member:
     wanted: int = LEASES_AHEAD
     leases: dict[int, Lease] = field(default_factory=dict)
     has_weights: bool = False
+    wants_weights: bool = False
 
 
 class EdpServer:
@@ -341,6 +343,8 @@ class EdpServer:
     def advance(self) -> Iterator[Update]:
         """Apply what has come, and lend."""
         while True:
+            for member in self._members.values():
+                self._send_weights(member)
             self._lend()
             if self.hold or not self._arrived or self._version >= self._steps:
                 return
@@ -427,10 +431,17 @@ class EdpServer:
         self._samples += note.samples
         self._version += 1
         self._port.answer(worker, push.number, as_answer(result, self._version))
-        if note.pull and worker.session in self._members:
-            self._log_weights(worker)
-            self._port.send_weights(worker, self._version, self._newest_weights())
+        if note.pull and (member := self._members.get(worker.session)) is not None:
+            member.wants_weights = True
+            self._send_weights(member)
         return Update(result, [self._version - 1 - base for base in note.bases])
+
+    def _send_weights(self, member: _Member) -> None:
+        """One set at a time: where a link is slow, older ones would only be in the way of newer ones."""
+        if member.wants_weights and self._port.has_room(member.worker):
+            member.wants_weights = False
+            self._log_weights(member.worker)
+            self._port.send_weights(member.worker, self._version, self._newest_weights())
 
     def _log_weights(self, worker: Worker) -> None:
         self._log.append({"event": "weights", "session": worker.session, "version": self._version})

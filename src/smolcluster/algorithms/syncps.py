@@ -333,8 +333,9 @@ class SyncPsServer:
             return
         self._shares.measured(push.worker.rank, push.note.samples, push.note.compute_s)
         member.computing.discard(number)
-        step = next((step for step in self._open if step.waiting.get(session) == number), None)
-        if step is None:
+        # A step whose sum is made is as good as closed: a checkpoint has it as it is.
+        gathering = (step for step in self._open if step.total is None and step.waiting.get(session) == number)
+        if (step := next(gathering, None)) is None:
             self.refused += 1
             self._port.answer(push.worker, push.number, Answer(status="refused", version=self._version))
             return
@@ -369,9 +370,11 @@ class SyncPsServer:
 
     def deadline(self) -> float | None:
         """When to call `advance` again though nothing happens (`time.monotonic()`); None: never."""
-        if self._timeout is None or not self._open or self._open[0].first_push_at is None:
+        if self._timeout is None:
             return None
-        return self._open[0].first_push_at + self._timeout
+        waiting = list(self._open) if self.hold else list(self._open)[:1]
+        begun = [step.first_push_at for step in waiting if not self._may_close(step) and step.first_push_at is not None]
+        return min(begun) + self._timeout if begun else None
 
     def last_weights(self) -> tuple[int, list[Tensor]]:
         """What all workers end with: version, flat."""

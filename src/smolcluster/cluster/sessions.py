@@ -122,6 +122,7 @@ class Reception:
         options: Mapping[str, str],
         grant: Callable[[Newcomer], Granted],
         begin: Callable[[Newcomer, SessionWorld], None],
+        revoke: Callable[[Granted], None],
     ) -> None:
         """Open the door.
 
@@ -132,12 +133,14 @@ class Reception:
             options: settings that must be equal on server and workers; a difference is refused by name.
             grant: decides on a newcomer, on a thread of its own. It may raise Wait, or ConfigError to refuse it.
             begin: takes the session over, on the same thread. It may block, and must close the world at last.
+            revoke: called if what was granted did not begin.
         """
         self._listeners = listeners
         self._name = name
         self._patience = patience
         self._options = dict(options)
         self._grant = grant
+        self._revoke = revoke
         self._begin = begin
         self._run_id = secrets.token_hex(8)
         self._stop = threading.Event()
@@ -198,6 +201,13 @@ class Reception:
         if self._stop.is_set():
             raise Wait("the server is closing")
         granted = self._grant(newcomer)
+        try:
+            self._begin_session(newcomer, granted, listener, link)
+        except BaseException:
+            self._revoke(granted)
+            raise
+
+    def _begin_session(self, newcomer: Newcomer, granted: Granted, listener: Listener, link: ControlLink) -> None:
         members = (Member(SERVER, self._name, listener.address), Member(WORKER, newcomer.name, newcomer.address))
         view = View(granted.generation, members, SERVER, self._run_id)
         link.send(

@@ -91,6 +91,13 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Drained:
+    """The tensors that a worker was sent have left."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
 class Reported:
     """What a worker says of itself when it has ended."""
 
@@ -98,7 +105,7 @@ class Reported:
     report: JsonObject
 
 
-Event: TypeAlias = Joined | Left | Push | Asked | Reported
+Event: TypeAlias = Joined | Left | Push | Asked | Drained | Reported
 
 
 class Dealt(Protocol):
@@ -122,7 +129,11 @@ class _Client:
     sent: int = 0  # weights announced so far
     items: list[JsonValue] = field(default_factory=list)  # to say with the next `flush`
     tensors: list[tuple[int, Tensor]] = field(default_factory=list)  # to send then, with their tags
+    under_way: list[Work] = field(default_factory=list)  # tensors that were sent last
     is_gone: bool = False
+
+    def is_sending(self) -> bool:
+        return not all(work.done() for work in self.under_way)
 
 
 class ServerPort:
@@ -171,6 +182,7 @@ class ServerPort:
         self._opened = opened
         self._granted: dict[int, Worker] = {}  # sessions whose connections are being opened
         self._waiting_since: dict[str, float] = {}
+        self._over: JsonObject | None = None  # what workers are told once the run is over
 
     # ---- for the Reception
 
@@ -196,6 +208,8 @@ class ServerPort:
 
     def _make_room(self, newcomer: Newcomer) -> None:
         """One session for a rank at a time. Raises Wait while another process seems to hold it."""
+        if any(worker.rank == newcomer.rank for worker in self._granted.values()):
+            raise Wait(f"{newcomer.name} is just beginning a session")
         for client in self._clients.values():
             if client.worker.rank != newcomer.rank or client.is_gone:
                 continue
@@ -208,6 +222,13 @@ class ServerPort:
             raise Wait(f"rank {newcomer.rank} is held by an earlier connection of {newcomer.name}")
         self._waiting_since.pop(newcomer.instance, None)
 
+    def revoke(self, granted: Granted) -> None:
+        """The session that was granted has not begun; see Reception."""
+        with self._lock:
+            if self._granted.pop(granted.session, None) is not None:
+                self._generation += 1
+                self._record_members()
+
     def begin(self, newcomer: Newcomer, world: SessionWorld) -> None:
         """Open the session's connections; see Reception."""
         worker = Worker(world.number, newcomer.rank, newcomer.name)
@@ -217,24 +238,14 @@ class ServerPort:
             )
         except SmolError:
             world.close()
-            with self._lock:
-                del self._granted[worker.session]
-                self._generation += 1
-                self._record_members()
             raise
         client = _Client(worker, newcomer.instance, world, comm)
         with self._lock:
             del self._granted[worker.session]
-            if any(c.worker.rank == worker.rank and not c.is_gone for c in self._clients.values()):
-                is_doubled = True  # two asked at once, and the other was faster
-                self._generation += 1
-                self._record_members()
-            else:
-                is_doubled = False
-                self._clients[worker.session] = client
-        if is_doubled:
-            comm.close()
-            return
+            self._clients[worker.session] = client
+            over = self._over
+        if over is not None:  # it came when the others had been told
+            world.send(WORKER, "mail", {"items": [["over", over]]})
         if self._opened is not None:
             self._opened(worker, world)
         self._events.put(Joined(worker))
@@ -303,6 +314,16 @@ class ServerPort:
         client.items.append(["weights", self._announce(client, version)])
         self._add_weights(client, weights)
 
+    def has_room(self, worker: Worker) -> bool:
+        """Whether all weights that a worker was sent have left. An event comes when they have."""
+        client = self._clients.get(worker.session)
+        return client is None or not (client.tensors or client.is_sending())
+
+    def is_sending(self) -> bool:
+        """Whether tensors are on their way to anybody who is here."""
+        with self._lock:
+            return any(client.is_sending() for client in self._clients.values() if not client.is_gone)
+
     def answer(self, worker: Worker, push: int, answer: Answer) -> None:
         """Tell a worker what became of its push, with the next `flush`."""
         client = self._clients.get(worker.session)
@@ -317,8 +338,10 @@ class ServerPort:
             items, tensors = client.items, client.tensors
             client.items, client.tensors = [], []
             client.world.send(WORKER, "mail", {"items": items})
-            for tag, tensor in tensors:
-                client.comm.send(tensor, WORKER, tag=tag)
+            if tensors:
+                sent = [client.comm.send(tensor, WORKER, tag=tag) for tag, tensor in tensors]
+                client.under_way = [*(work for work in client.under_way if not work.done()), *sent]
+                sent[-1].add_done_callback(partial(self._drained, client.worker))
 
     def end(self, reason: str | None = None, version: int = 0, weights: Sequence[Tensor] | None = None) -> None:
         """Tell all workers that the run is over.
@@ -329,8 +352,10 @@ class ServerPort:
             weights: that all workers shall end with, exact; None: each keeps what it has.
         """
         self._record = None  # who leaves now changes nothing
-        for worker in self.workers():
-            client = self._clients[worker.session]
+        with self._lock:
+            self._over = {"reason": reason}
+            clients = [client for client in self._clients.values() if not client.is_gone]
+        for client in clients:
             message: JsonObject = {"reason": reason}
             if weights is not None and client.sent:
                 client.has = None  # so that they go as they are
@@ -372,6 +397,9 @@ class ServerPort:
             for has, change in zip(client.has, decode_flats(outgoing, self._codec, self.layout), strict=True):
                 has.add_(change)
         client.tensors += [(client.sent, flat) for flat in outgoing]
+
+    def _drained(self, worker: Worker, _work: Work) -> None:
+        self._events.put(Drained(worker))
 
     def _asked(self, client: _Client, message: JsonObject) -> None:
         leases = message.get("leases")

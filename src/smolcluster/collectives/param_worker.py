@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds between looks whether somebody has ended the run, while a worker waits for the server.
 SLICE = 0.5
+# Seconds to wait after each try to open a session's connections, before the next.
+OPEN_PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,8 @@ class WorkerPort:
             if isinstance(item, SmolError):
                 self._lose(session, item)
                 continue
+            if session.is_over:
+                continue  # the gradients would not be wanted any more
             try:
                 lease = self._lease(session, item)
             except SmolError as error:
@@ -299,13 +303,18 @@ class WorkerPort:
     # ---- helpers
 
     def _open(self) -> _Session:
-        world = self._connect(lambda: self._error)
-        try:
-            comm = TcpCommunicator(world, name=f"session{world.number}", telemetry=self.telemetry, spins=False)
-        except SmolError as error:
-            world.close()
-            logger.warning("session not opened reason=%s", error)
-            return self._open()
+        for pause in OPEN_PAUSES:
+            world = self._connect(lambda: self._error)
+            try:
+                comm = TcpCommunicator(world, name=f"session{world.number}", telemetry=self.telemetry, spins=False)
+                break
+            except SmolError as error:
+                world.close()
+                logger.warning("session not opened reason=%s", error)
+                reason = error
+                time.sleep(pause)
+        else:
+            raise PeerLost(f"the server answers, but a connection for tensors does not come up: {reason}", SERVER)
         encoder = None if self._codec is None else FeedbackEncoder(self._codec, self.layout)
         session = _Session(world, comm, queue.SimpleQueue(), deque(), {}, encoder=encoder)
         self._session = session

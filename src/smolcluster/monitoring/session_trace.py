@@ -149,6 +149,7 @@ class WorkerTrace:
             return
         self._first = self._first or self._reader.reading()
         self._reader = _ClockReader(world, self._clock)
+        self._reader.ask()
         self._reader.wait(LAST_READING_S)
         last = self._reader.reading() or self._first
         if last is None:
@@ -172,6 +173,7 @@ class WorkerTrace:
         if self._reader is not None:
             self._first = self._first or self._reader.reading()
         self._reader = _ClockReader(world, self._clock)
+        self._reader.ask()
 
 
 class _ClockReader:
@@ -184,8 +186,12 @@ class _ClockReader:
         self._at = 0.0
         self._left = CLOCK_TRIES
         self._done = threading.Event()
-        self._asked = clock()
-        world.send(SERVER, "clock", {})
+        self._asked = 0.0
+
+    def ask(self) -> None:
+        """Ask once more. The first time when answers are heard."""
+        self._asked = self._clock()
+        self._world.send(SERVER, "clock", {})
 
     def answered(self, message: JsonObject) -> None:
         """An answer has come."""
@@ -196,8 +202,7 @@ class _ClockReader:
         self._at = now
         self._left -= 1
         if self._left:
-            self._asked = self._clock()
-            self._world.send(SERVER, "clock", {})
+            self.ask()
         else:
             self._done.set()
 

@@ -115,6 +115,7 @@ class _LocalRun:
         respawn: bool,
     ) -> None:
         self._folder = folder
+        self._resume = resume
         self._result: JsonObject | None = None
         self._leader: str | None = None
         self._restarts = 0 if resume is None else resume.meta.restarts + 1
@@ -161,11 +162,12 @@ class _LocalRun:
         bootstrap = self._bootstraps[rank]
         self._folder.note(f"rank {rank} died and is started again")
         if rank == 0:
+            checkpoint: Path | None
             try:
                 point = find_resume_point(str(self._folder.checkpoints), None, {})
                 checkpoint, step = point.checkpoint.absolute(), point.step
-            except CheckpointError:
-                checkpoint, step = None, 0
+            except CheckpointError:  # none of its own yet: back to where this run began
+                checkpoint, step = bootstrap.resume, 0 if self._resume is None else self._resume.step
             self._folder.rewind(step)
             self._restarts += 1
             bootstrap = bootstrap.model_copy(update={"resume": checkpoint, "restarts": self._restarts})

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from smolcluster.checkpoint import disk
-from smolcluster.checkpoint.ledger import LEDGER, Ledger
+from smolcluster.checkpoint.ledger import LEDGER, Ledger, read_ledger
 from smolcluster.checkpoint.reader import Checkpoint
 from smolcluster.checkpoint.store import discard_after, open_checkpoint, prune, save_checkpoint
 from smolcluster.cluster.sessions import Newcomer, Reception, SessionWorld, join_session
@@ -41,7 +41,7 @@ from smolcluster.run.build import (
     planned_global_batches,
     planned_steps,
 )
-from smolcluster.run.replay import APPLICATIONS
+from smolcluster.run.replay import APPLICATIONS, log_head
 from smolcluster.run.resume import RunMeta, RunProgress
 from smolcluster.run.session import ExtendedRows, RankResult, held_bytes, optimizer_bytes, run_values
 from smolcluster.run.support import min_ranks
@@ -112,9 +112,11 @@ def run_server(
     applications = None
     if config.algorithm == "edp":
         applications = _open_log(folder / APPLICATIONS, checkpoint, position.application_lines)
-        if not applications.lines:
-            batches = planned_global_batches(parts, parts.global_batch)
-            applications.append([{"event": "run", "global_batch": parts.global_batch, "schedule_steps": batches}])
+        kept = parts.global_batch if meta is None else meta.global_batch
+        head = log_head(config, kept, planned_global_batches(parts, kept))
+        heads = [line for line in read_ledger(folder / APPLICATIONS) if line.get("event") == "run"]
+        if heads[-1:] != [head]:
+            applications.append([head])
     generations = _Generations(folder / GENERATION, names[0])
     model = prepare_model(parts.model, config.training.precision, parts.device)
     telemetry = Telemetry()
@@ -172,6 +174,7 @@ def run_server(
         options=options,
         grant=port.grant,
         begin=port.begin,
+        revoke=port.revoke,
     )
     with contextlib.ExitStack() as closing:
         closing.callback(ledger.close)

@@ -9,6 +9,7 @@ This is written as plainly as `single`: it knows the rule of edp, and none of it
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -51,13 +52,14 @@ from smolcluster.training.trainer import evaluation_numbers, json_number
 APPLICATIONS = "applications.jsonl"
 
 
-class _Head(BaseModel):
-    """The first line: what all updates have in common."""
+class Head(BaseModel):
+    """What the updates after it have in common: the first line, and one for a resumed run whose settings are others."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     global_batch: int = Field(ge=1)
     schedule_steps: int = Field(ge=0)
+    settings: dict[str, dict[str, object]] = {}
 
 
 class _Part(BaseModel):
@@ -124,7 +126,7 @@ class Replay:
         data: MemoryData,
         model: nn.Module,
         optimizer_factory: OptimizerFactory,
-        make_schedule: Callable[[int], LrSchedule],
+        make_schedule: Callable[[Config, int], LrSchedule],
     ) -> None:
         """Read the log.
 
@@ -134,23 +136,23 @@ class Replay:
             data: what it trained on.
             model: initialised as it was.
             optimizer_factory: as its server's.
-            make_schedule: from the run's length in global batches to its learning rates.
+            make_schedule: from settings, and the run's length in global batches, to its learning rates.
 
         Raises:
             CheckpointError: it has no application log, or one that is damaged.
         """
         head, *events = _read(run / APPLICATIONS)
-        assert isinstance(head, _Head), "`_read` has checked it"
+        assert isinstance(head, Head), "`_read` has checked it"
         self.model = prepare_model(model, config.training.precision, "cpu")
         self._config = config
         self._data = data
         self._sampler = Sampler(len(data.train), head.global_batch, config.cluster.seed)
         self._params = [param for param in model.parameters() if param.requires_grad]
         self._optimizer = optimizer_factory(self._params)
-        self._lr_schedule = make_schedule(head.schedule_steps)
+        self._make_schedule = make_schedule
         self._global_batch = head.global_batch
-        self._codec = codec_for(config.cluster.compression)
-        self._events = [event for event in events if not isinstance(event, _Head)]
+        self.follow(head)
+        self._events = events
         self._needed = Counter(
             (push.session, part.base)
             for event in self._events
@@ -171,8 +173,21 @@ class Replay:
         for event in self._events:
             if isinstance(event, _Sent):
                 self._send(event)
+            elif isinstance(event, Head):
+                self.follow(event)
             else:
                 yield self._apply(event)
+
+    def follow(self, head: Head) -> None:
+        """What comes now was made with these settings."""
+        sections = {
+            name: getattr(self._config, name).model_copy(update=values) for name, values in head.settings.items()
+        }
+        self._config = config = self._config.model_copy(update=sections)
+        self._lr_schedule = self._make_schedule(config, head.schedule_steps)
+        self._codec = codec_for(config.cluster.compression)
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = config.training.weight_decay
 
     def _send(self, sent: _Sent) -> None:
         """A worker gets the weights of now: whole the first time, with a codec the encoded change later."""
@@ -316,7 +331,7 @@ def _through(codec: Codec, tensor: Tensor) -> Tensor:
     return out
 
 
-def _read(path: Path) -> list[_Head | _Sent | UpdateLine]:
+def _read(path: Path) -> list[Head | _Sent | UpdateLine]:
     if not path.is_file():
         raise CheckpointError(
             f"{path.parent} has no {APPLICATIONS}: only runs of edp write one. Give the folder of such a run to "
@@ -324,17 +339,31 @@ def _read(path: Path) -> list[_Head | _Sent | UpdateLine]:
         )
     try:
         lines = [_parse(line) for line in read_ledger(path)]
-    except (ValidationError, ValueError) as error:
+        _check_versions(lines)
+    except (ValidationError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is damaged ({first}). Copy it anew from where the run was made") from error
-    if not lines or not isinstance(lines[0], _Head):
+    if not lines or not isinstance(lines[0], Head):
         raise CheckpointError(f"{path} does not begin with a run's description. Copy it anew from where it was made")
     return lines
 
 
-def _parse(line: JsonObject) -> _Head | _Sent | UpdateLine:
-    kinds: dict[JsonValue, type[_Head] | type[_Sent] | type[UpdateLine]] = {
-        "run": _Head,
+def _check_versions(lines: Sequence[Head | _Sent | UpdateLine]) -> None:
+    """Raises ValueError: an update names weights that were not sent."""
+    sent: set[tuple[int, int]] = set()
+    for line in lines:
+        if isinstance(line, _Sent):
+            sent.add((line.session, line.version))
+        elif isinstance(line, UpdateLine):
+            for push in line.pushes:
+                for part in push.parts:
+                    if (push.session, part.base) not in sent:
+                        raise ValueError(f"update {line.step} is of weights {part.base}, which nobody was sent")
+
+
+def _parse(line: JsonObject) -> Head | _Sent | UpdateLine:
+    kinds: dict[JsonValue, type[Head] | type[_Sent] | type[UpdateLine]] = {
+        "run": Head,
         "weights": _Sent,
         "update": UpdateLine,
     }
@@ -353,14 +382,14 @@ def run_replay(run: Path, out: Path, reporter: Reporter) -> Ran:
     alone = config.model_copy(update={"algorithm": "single", "backend": "tcp"})
     parts = prepare(alone, 0, ["rank0"])
     assert isinstance(parts.data, MemoryData), "edp refuses streams"
-    training, schedule = config.training, config.lr_schedule
+    training = config.training
     replay = Replay(
         run,
         config,
         parts.data,
         parts.model,
         optimizer_factory(training.optimizer, training.learning_rate, training.weight_decay),
-        lambda steps: lr_schedule(schedule.kind, training.learning_rate, schedule.warmup_iters, schedule.min_lr, steps),
+        schedule_of,
     )
     with RunFolder(out, alone, 1, reporter) as folder:
         began = time.monotonic()
@@ -396,6 +425,28 @@ def run_replay(run: Path, out: Path, reporter: Reporter) -> Ran:
     return Ran(0, out, summary)
 
 
+def log_head(config: Config, global_batch: int, schedule_steps: int) -> JsonObject:
+    """The line of the log that says what the updates after it have in common."""
+    return {
+        "event": "run",
+        "global_batch": global_batch,
+        "schedule_steps": schedule_steps,
+        "settings": {
+            "training": config.training.model_dump(
+                mode="json", include={"learning_rate", "weight_decay", "grad_clip_norm", "batch_size", "micro_batches"}
+            ),
+            "lr_schedule": config.lr_schedule.model_dump(mode="json"),
+            "cluster": config.cluster.model_dump(mode="json", include={"compression"}),
+        },
+    }
+
+
+def schedule_of(config: Config, steps: int) -> LrSchedule:
+    """The learning rates of a run of so many global batches."""
+    schedule = config.lr_schedule
+    return lr_schedule(schedule.kind, config.training.learning_rate, schedule.warmup_iters, schedule.min_lr, steps)
+
+
 def _comparison(run: Path, model: nn.Module, steps: int) -> str:
     """How far the weights are from those that the run ended with."""
     try:
@@ -406,5 +457,6 @@ def _comparison(run: Path, model: nn.Module, steps: int) -> str:
         return f"the newest checkpoint of {run} has {described['step']} updates, the log {steps}: not compared"
     own = model.state_dict()
     pairs = [(own[name], value) for name, value in weights.items() if name in own and value.numel()]
-    largest = max((float((mine - theirs).abs().max()) for mine, theirs in pairs), default=0.0)
+    differences = [float((mine - theirs).abs().max()) for mine, theirs in pairs]
+    largest = math.nan if any(math.isnan(difference) for difference in differences) else max(differences, default=0.0)
     return f"the weights differ from those of {run} by at most {largest:.3g}"

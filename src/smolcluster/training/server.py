@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from smolcluster.checkpoint.ledger import Ledger
 from smolcluster.checkpoint.state import Shard, StateReader
 from smolcluster.collectives.param_messages import Answer
-from smolcluster.collectives.param_server import Asked, Event, Joined, Left, Push, ServerPort, Worker
+from smolcluster.collectives.param_server import Asked, Event, Joined, Left, Push, Reported, ServerPort, Worker
 from smolcluster.data.leases import Lease, Range
 from smolcluster.errors import PeerLost, RendezvousTimeout, SmolError
 from smolcluster.kinds import JsonObject, JsonValue
@@ -229,6 +229,7 @@ class ServerRole:
         self._saved_at = start.steps
         self._began = 0.0
         self._lap = 0.0
+        self._here: set[int] = set()  # sessions that this has heard of
         self._too_few_since: float | None = None
         self._has_begun = False
         self._is_over = False
@@ -287,19 +288,18 @@ class ServerRole:
         """Until all are here, or enough of them for a while."""
         enough_since: float | None = None
         began = time.monotonic()
-        while len(self._port.workers()) < self._workers and not self._context.stop.is_set():
+        while len(self._here) < self._workers and not self._context.stop.is_set():
             if self._rule.is_finished():
                 return  # a resumed run that was at its end
             now = time.monotonic()
-            if len(self._port.workers()) >= self._min_workers:
+            if len(self._here) >= self._min_workers:
                 enough_since = enough_since or now
                 if now - enough_since > START_PATIENCES * self._patience:
                     break
             elif now - began > JOIN_PATIENCES * self._patience:
-                here = len(self._port.workers())
                 raise RendezvousTimeout(
-                    f"{here} of {self._workers} workers came within {JOIN_PATIENCES * self._patience:g} s, and the run "
-                    f"needs {self._min_workers}. Start the missing ones, or look for a firewall in between"
+                    f"{len(self._here)} of {self._workers} workers came within {JOIN_PATIENCES * self._patience:g} s, "
+                    f"and the run needs {self._min_workers}. Start the missing ones, or look for a firewall in between"
                 )
             self._handle_next(now + SLICE, is_start=True)
 
@@ -322,14 +322,16 @@ class ServerRole:
 
     def _take_in(self, event: Event) -> None:
         if isinstance(event, Joined):
+            self._here.add(event.worker.session)
             self._joined(event.worker)
         elif isinstance(event, Left):
+            self._here.discard(event.worker.session)
             self._left(event)
         elif isinstance(event, Push):
             self._rule.pushed(event)
         elif isinstance(event, Asked):
             self._rule.asked(event.worker, event.leases)
-        else:
+        elif isinstance(event, Reported):
             self.crew.reports[event.worker.rank] = event.report
 
     def _joined(self, worker: Worker) -> None:
@@ -513,11 +515,11 @@ class ServerRole:
         version, weights = self._rule.last_weights()
         self._port.end(None, version, weights)
         deadline = time.monotonic() + self._report_patiences * self._patience
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline or self._port.is_sending():
             waited_for = {worker.rank for worker in self._port.workers()} - self.crew.reports.keys()
             if not waited_for:
                 break
-            self._handle_next(deadline, is_start=True)
+            self._handle_next(None, is_start=True)
 
     def _result(self, stopped: bool) -> TrainResult:
         loss, accuracy, perplexity = evaluation_numbers(self._eval)
