@@ -1,10 +1,13 @@
 """Machines of unequal speed, 4 : 2 : 1: what edp, and classicdp with `shares: auto`, make of them. Linux, root.
 
     python benchmarks/unequal.py [--seconds 40] [--rounds 3]
+    python benchmarks/unequal.py --straggler
 
 Each worker's process gets a CPU quota (control group `cpu`, period 10 ms; the server has none). Solo: the samples/s of
 each under its quota, `single`. Together: edp with even leases; classicdp K = 0 with even and with automatic shares;
 edp without the slowest. Figures are rates after the start, in samples/s that count, as parts of the summed solo rates.
+
+--straggler: syncps with a timeout of 0.1 s, two workers and one that is five times slower, beside the two alone.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ SETTINGS = {
 BATCH = 24
 STARTED = re.compile(r"rank started rank=(\d+) world_size=\d+ pid=(\d+)")
 EDP_PART, CLASSIC_PART = 0.9, 0.8
+# Cores of two workers and of one that is five times slower.
+STRAGGLER_CORES = (0.5, 0.5, 0.1)
+STRAGGLER_PART = 0.9
 
 
 def main() -> int:
@@ -46,10 +52,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=40.0, help="of each measurement, after the start")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--straggler", action="store_true")
     arguments = parser.parse_args()
     if not os.access(GROUPS / "cpu.cfs_quota_us", os.F_OK) and not os.access(GROUPS, os.W_OK):
         print("skipped: no control group for cpu that this user may change")
         return 0
+    if arguments.straggler:
+        return measure_straggler(arguments.seconds, arguments.rounds)
     rounds = [measure_round(arguments.seconds) for _ in range(arguments.rounds)]
     figures = {
         key: [round(entry[key], 3) for entry in rounds]
@@ -82,6 +91,19 @@ def measure_round(seconds: float) -> dict[str, float]:
     }  # fmt: skip
     print(json.dumps({key: round(value, 3) for key, value in entry.items()}), flush=True)
     return entry
+
+
+def measure_straggler(seconds: float, rounds: int) -> int:
+    """Print and save; the exit code."""
+    syncps = ["--algorithm", "syncps", "--override", "cluster.timeout=0.1"]
+    parts = []
+    for _ in range(rounds):
+        alone = rate([*syncps, "--local", "3"], [None, *STRAGGLER_CORES[:2]], seconds)
+        together = rate([*syncps, "--local", "4"], [None, *STRAGGLER_CORES], seconds)
+        parts.append(together / alone)
+        print(json.dumps({"two_alone": alone, "with_straggler": together, "part": parts[-1]}), flush=True)
+    save("unequal_straggler", {"cores": STRAGGLER_CORES, "seconds": seconds, "parts_of_two_alone": parts})
+    return int(statistics.median(parts) < STRAGGLER_PART)
 
 
 def rate(options: Sequence[str], cores: Sequence[float | None], seconds: float) -> float:
