@@ -163,6 +163,19 @@ def test_whoever_dies_is_started_again_and_the_server_goes_back_to_its_checkpoin
     assert steps == list(range(len(steps)))  # rows that belonged to lost weights are gone with them
 
 
+def test_a_server_without_a_checkpoint_of_its_own_goes_back_to_the_one_that_it_was_given(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--algorithm", "syncps", "--local", "2"]
+    finish(train(first, *options, "--max-steps", "30"))
+    longer = ["--max-steps", "230", "--override", "training.batch_size=256"]
+    run = train(second, *options, *longer, "--resume", str(first), "--respawn")
+    wait_for(lambda: len(rows(second)) > 5)
+    process_of(second, 0).kill()
+    finish(run)
+    assert [row["step"] for row in rows(second)] == [*range(30, 230)]
+    assert summary(second)["restarts"] >= 1
+
+
 def test_a_suspended_worker_is_taken_back(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = train(
