@@ -8,7 +8,7 @@ lets them. So their staleness is what it is; `--interval` makes it larger: a wor
 leases. For the rule without 1/(1 + tau) the log of that run is repeated in one process: the same gradients are computed
 on weights of the same versions and applied in the same order, with a learning rate that knows no staleness. `--int8`
 repeats it with the rule as it is, and pushes and weights through the codec: two runs with and without would differ by
-their staleness too.
+their staleness too. What may be by chance is shown by a third repetition, from weights changed in the seventh digit.
 
 Printed and saved, for each seed: validation loss and accuracy of the three, mean staleness, the largest share of its
 time that a worker waited, and whether there were as many updates as pushes.
@@ -22,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import save
 
 from smolcluster.config.load import load_config
@@ -34,7 +36,7 @@ from smolcluster.data.source import MemoryData
 from smolcluster.run.build import prepare
 from smolcluster.run.replay import APPLICATIONS, Head, Replay, UpdateLine, schedule_of
 from smolcluster.training.optim import optimizer_factory
-from smolcluster.training.step import EvalSums, evaluate_batch
+from smolcluster.training.step import EvalSums, StepResult, evaluate_batch
 
 WORKERS = 3
 SETTINGS = {
@@ -56,6 +58,16 @@ class Int8(Replay):
 
     def follow(self, head: Head) -> None:
         super().follow(head.model_copy(update={"settings": {**head.settings, "cluster": {"compression": "int8"}}}))
+
+
+class Disturbed(Replay):
+    """The same events from weights that differ in the seventh digit: what may be by chance."""
+
+    @torch.no_grad()
+    def run(self) -> Iterator[StepResult]:
+        for param in self.model.parameters():
+            param.mul_(1 + 1e-6 * torch.randn_like(param))
+        return super().run()
 
 
 class Unscaled(Replay):
@@ -126,6 +138,7 @@ def compare(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
     assert edp["samples"] == single["samples"]
     sums = None if options.skip_unscaled else replayed(run, Unscaled)
     int8 = replayed(run, Int8) if options.int8 else None
+    disturbed = replayed(run, Disturbed) if options.int8 else None
     return {
         "seed": seed, "learning_rate": rate, "samples": edp["samples"],
         "single_loss": single["val_loss"], "single_accuracy": single["val_accuracy"],
@@ -133,6 +146,7 @@ def compare(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
         "unscaled_loss": None if sums is None else sums.loss_sum / sums.count,
         "unscaled_accuracy": None if sums is None else sums.correct / sums.count,
         "int8_loss": None if int8 is None else int8.loss_sum / int8.count,
+        "disturbed_loss": None if disturbed is None else disturbed.loss_sum / disturbed.count,
         "int8_accuracy": None if int8 is None else int8.correct / int8.count,
         **behaviour(run),
     }  # fmt: skip
@@ -157,6 +171,7 @@ def main() -> None:
             f"seed {seed}: loss single {line['single_loss']:.4f}, edp {line['edp_loss'] / line['single_loss']:.3f} x, "
             + (f"unscaled {line['unscaled_loss'] / line['single_loss']:.3f} x, " if line["unscaled_loss"] else "")
             + (f"int8 {line['int8_loss'] / line['edp_loss']:.4f} of edp's, " if line["int8_loss"] else "")
+            + (f"disturbed {line['disturbed_loss'] / line['edp_loss']:.4f}, " if line["disturbed_loss"] else "")
             + f"accuracy {100 * line['single_accuracy']:.2f} and {100 * line['edp_accuracy']:.2f} %; tau "
             f"{line['tau']:.2f}, waiting {100 * line['waiting']:.1f} %, {line['updates']} updates of {line['pushes']} "
             f"pushes with {line['leases']} leases",

@@ -129,11 +129,8 @@ class _Client:
     sent: int = 0  # weights announced so far
     items: list[JsonValue] = field(default_factory=list)  # to say with the next `flush`
     tensors: list[tuple[int, Tensor]] = field(default_factory=list)  # to send then, with their tags
-    under_way: list[Work] = field(default_factory=list)  # tensors that were sent last
+    under_way: int = 0  # tensors that were sent and have not left
     is_gone: bool = False
-
-    def is_sending(self) -> bool:
-        return not all(work.done() for work in self.under_way)
 
 
 class ServerPort:
@@ -317,12 +314,12 @@ class ServerPort:
     def has_room(self, worker: Worker) -> bool:
         """Whether all weights that a worker was sent have left. An event comes when they have."""
         client = self._clients.get(worker.session)
-        return client is None or not (client.tensors or client.is_sending())
+        return client is None or not (client.tensors or client.under_way)
 
     def is_sending(self) -> bool:
         """Whether tensors are on their way to anybody who is here."""
         with self._lock:
-            return any(client.is_sending() for client in self._clients.values() if not client.is_gone)
+            return any(client.under_way for client in self._clients.values() if not client.is_gone)
 
     def answer(self, worker: Worker, push: int, answer: Answer) -> None:
         """Tell a worker what became of its push, with the next `flush`."""
@@ -339,9 +336,10 @@ class ServerPort:
             client.items, client.tensors = [], []
             client.world.send(WORKER, "mail", {"items": items})
             if tensors:
-                sent = [client.comm.send(tensor, WORKER, tag=tag) for tag, tensor in tensors]
-                client.under_way = [*(work for work in client.under_way if not work.done()), *sent]
-                sent[-1].add_done_callback(partial(self._drained, client.worker))
+                with self._lock:
+                    client.under_way += len(tensors)
+                for tag, tensor in tensors:
+                    client.comm.send(tensor, WORKER, tag=tag).add_done_callback(partial(self._sent, client))
 
     def end(self, reason: str | None = None, version: int = 0, weights: Sequence[Tensor] | None = None) -> None:
         """Tell all workers that the run is over.
@@ -398,8 +396,13 @@ class ServerPort:
                 has.add_(change)
         client.tensors += [(client.sent, flat) for flat in outgoing]
 
-    def _drained(self, worker: Worker, _work: Work) -> None:
-        self._events.put(Drained(worker))
+    def _sent(self, client: _Client, _work: Work) -> None:
+        """A tensor has left, or never will."""
+        with self._lock:
+            client.under_way -= 1
+            is_last = not client.under_way
+        if is_last:
+            self._events.put(Drained(client.worker))
 
     def _asked(self, client: _Client, message: JsonObject) -> None:
         leases = message.get("leases")
