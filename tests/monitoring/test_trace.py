@@ -21,7 +21,14 @@ from smolcluster.collectives.bucket import plan_buckets
 from smolcluster.collectives.local import LocalGroup
 from smolcluster.data.batch import Batch
 from smolcluster.models.simple_nn import SimpleNN
-from smolcluster.monitoring.trace import ClockReading, RunTrace, chrome_events, on_rank_0s_clock, read_clock
+from smolcluster.monitoring.trace import (
+    ClockReading,
+    OptimizerSpans,
+    RunTrace,
+    chrome_events,
+    on_rank_0s_clock,
+    read_clock,
+)
 from smolcluster.telemetry import COMPUTE, TraceEvent, TraceRecorder
 from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.trainer import Progress, Trainer
@@ -63,7 +70,7 @@ def train(
         return made[0]
 
     strategy = ClassicDP(SimpleNN(FEATURES, HIDDEN, CLASSES), make, comm, staleness_bound=staleness_bound)
-    recording.watch_optimizers(made)
+    OptimizerSpans(comm.telemetry, made, clock)
     sink = Rows()
 
     def checkpoint(progress: Progress) -> None:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # Seconds between looks whether somebody has ended the run, while a worker waits for the server.
 SLICE = 0.5
 # Seconds to wait after each try to open a session's connections, before the next.
-OPEN_PAUSES = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 0.0)
+OPEN_PAUSES = (0.1, 0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-
-import torch
 
 from smolcluster.cluster.sessions import SERVER, WORKER, SessionWorld
 from smolcluster.kinds import JsonObject
@@ -34,7 +32,7 @@ from smolcluster.monitoring.trace import (
     where_it_is,
     write_trace,
 )
-from smolcluster.telemetry import COMPUTE, Telemetry, TraceRecorder
+from smolcluster.telemetry import Telemetry, TraceRecorder
 
 # Of events in a message, before what makes them a JSON string: a message has at most 1 MiB.
 PIECE_BYTES = 1 << 18
@@ -60,7 +58,6 @@ class ServerTrace:
         self._clock = clock
         self._recorder = telemetry.trace = TraceRecorder()
         self._began = clock()
-        self._update_began = 0.0
         self._lock = threading.Lock()
         self._pieces: list[bytes] = []
         self._dropped = 0
@@ -70,12 +67,6 @@ class ServerTrace:
         world.on("clock", lambda _rank, _message: world.send(WORKER, "time", {"at": self._clock()}))
         world.on("events", lambda _rank, message: self._take(message))
         world.send(WORKER, "trace", {"began": self._began})
-
-    def watch(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Record the updates too."""
-        for optimizer in optimizers:
-            optimizer.register_step_pre_hook(self._before_update)
-            optimizer.register_step_post_hook(self._after_update)
 
     def write(self) -> str:
         """End the recording and write the file; what the user should know of it."""
@@ -106,14 +97,6 @@ class ServerTrace:
             with self._lock:
                 self._pieces.append(text.encode())
                 self._dropped += dropped
-
-    def _before_update(self, *_: object) -> None:
-        self._update_began = self._clock()
-
-    def _after_update(self, *_: object) -> None:
-        if (trace := self._telemetry.trace) is not None:
-            details = {"step": self._telemetry.step}
-            trace.add(COMPUTE, "optimizer", self._update_began, self._clock(), details)
 
 
 class WorkerTrace:
@@ -155,7 +138,9 @@ class WorkerTrace:
         if last is None:
             return  # the server has not answered once
         to_server = on_rank_0s_clock(self._first or last, last)
-        events = chrome_events(recorder.events(), self._rank, self._name, lambda at: to_server(at) - self._began)
+        # What was before this server began (it was started again) has no place in its file.
+        spans = [event for event in recorder.events() if to_server(event.start) >= self._began]
+        events = chrome_events(spans, self._rank, self._name, lambda at: to_server(at) - self._began)
         dropped = recorder.dropped()
         for piece in _texts(events):
             world.send(SERVER, "events", {"text": piece, "dropped": dropped})

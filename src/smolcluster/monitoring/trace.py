@@ -24,7 +24,16 @@ import torch
 
 from smolcluster.collectives.base import Communicator
 from smolcluster.kinds import JsonObject, JsonValue
-from smolcluster.telemetry import BUCKETS, COMPUTE, LOADER, MAX_TRACE_EVENTS, PUSHES, TraceEvent, TraceRecorder
+from smolcluster.telemetry import (
+    BUCKETS,
+    COMPUTE,
+    LOADER,
+    MAX_TRACE_EVENTS,
+    PUSHES,
+    Telemetry,
+    TraceEvent,
+    TraceRecorder,
+)
 
 Clock = Callable[[], float]
 # From a rank's own time to that of rank 0 or of the file; seconds.
@@ -58,6 +67,29 @@ class ClockReading:
     error: float = 0.0
 
 
+class OptimizerSpans:
+    """Records the updates of optimizers, while a trace is recorded."""
+
+    def __init__(
+        self, telemetry: Telemetry, optimizers: Iterable[torch.optim.Optimizer], clock: Clock = time.monotonic
+    ) -> None:
+        """Watch these from now on."""
+        self._telemetry = telemetry
+        self._clock = clock
+        self._began = 0.0
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(self._before)
+            optimizer.register_step_post_hook(self._after)
+
+    def _before(self, *_: object) -> None:
+        self._began = self._clock()
+
+    def _after(self, *_: object) -> None:
+        telemetry = self._telemetry
+        if telemetry.trace is not None:
+            telemetry.trace.add(COMPUTE, "optimizer", self._began, self._clock(), {"step": telemetry.step})
+
+
 class RunTrace:
     """Records what one rank does, from the constructor to `write`.
 
@@ -86,7 +118,6 @@ class RunTrace:
         self._recorder = TraceRecorder()
         self._began = clock()
         self._first = read_clock(comm, clock)
-        self._update_began = 0.0
         comm.telemetry.trace = self._recorder
         comm.barrier()  # what comes now is recorded on both sides
 
@@ -98,12 +129,6 @@ class RunTrace:
     ) -> None:
         if error is not None:
             self._write_own()
-
-    def watch_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-        """Record the updates too."""
-        for optimizer in optimizers:
-            optimizer.register_step_pre_hook(self._before_update)
-            optimizer.register_step_post_hook(self._after_update)
 
     def write(self) -> str | None:
         """End the recording and let rank 0 write the file. Blocks; every rank calls it.
@@ -160,14 +185,6 @@ class RunTrace:
         to_common = on_rank_0s_clock(self._first, last)
         events = self._recorder.events()
         yield from in_pieces(chrome_events(events, self._comm.rank, self._name, lambda at: to_common(at) - began))
-
-    def _before_update(self, *_: object) -> None:
-        self._update_began = self._clock()
-
-    def _after_update(self, *_: object) -> None:
-        telemetry = self._comm.telemetry
-        if telemetry.trace is not None:
-            telemetry.trace.add(COMPUTE, "optimizer", self._update_began, self._clock(), {"step": telemetry.step})
 
 
 def read_clock(comm: Communicator, clock: Clock = time.monotonic) -> ClockReading:

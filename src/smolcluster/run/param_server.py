@@ -32,6 +32,7 @@ from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.resources import peak_rss_bytes
 from smolcluster.monitoring.session_trace import ServerTrace, WorkerTrace
+from smolcluster.monitoring.trace import OptimizerSpans
 from smolcluster.run.build import (
     Parts,
     ServerParts,
@@ -184,7 +185,7 @@ def run_server(
         closing.callback(reception.close)
         (optimizer,) = built.optimizers
         if recording is not None:
-            recording.watch(built.optimizers)
+            OptimizerSpans(telemetry, built.optimizers)
             closing.enter_context(recording)
         rows = ExtendedRows(context.metrics, parts, model, optimizer, None)
         result = role.run(RunContext(rows, None, context.stop))

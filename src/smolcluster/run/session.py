@@ -23,7 +23,7 @@ from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.gradients import GradientNorms
 from smolcluster.monitoring.links import measure_links
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
-from smolcluster.monitoring.trace import RunTrace
+from smolcluster.monitoring.trace import OptimizerSpans, RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
 from smolcluster.run.resume import RunMeta, RunProgress
 from smolcluster.training.rng import rng_state
@@ -99,7 +99,7 @@ def run_rank(
     sink = ExtendedRows(context.metrics, parts, assembly.strategy.model, optimizer, comm)
     logger.info("training rank=%d world_size=%d steps=%d", parts.rank, comm.world_size, assembly.steps)
     if recording is not None:
-        recording.watch_optimizers(assembly.optimizers)
+        OptimizerSpans(comm.telemetry, assembly.optimizers)
     with assembly.loader, recording or contextlib.nullcontext():
         result = TrainerRole(assembly.trainer).run(RunContext(sink, comm, context.stop))
     logger.info("trained rank=%d steps=%d stopped=%s", parts.rank, result.steps, result.stopped)

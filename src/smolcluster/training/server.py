@@ -41,6 +41,8 @@ JOIN_PATIENCES = 60
 RETURN_PATIENCES = 6
 # The last word of the workers is waited for so many patiences.
 REPORT_PATIENCES = 1
+# Longer while last weights are on their way to somebody, but not for ever.
+LAST_WEIGHTS_PATIENCES = 60
 # Seconds between looks whether somebody wants the run to stop.
 SLICE = 0.2
 
@@ -254,6 +256,7 @@ class ServerRole:
         self._has_begun = True
         self._began = time.monotonic() - self._start.wall_s
         self._lap = time.monotonic()
+        self._port.telemetry.step = self._steps
         stopped = False
         while not self._rule.is_finished():
             for update in self._timed(self._rule.advance()):
@@ -515,7 +518,8 @@ class ServerRole:
         version, weights = self._rule.last_weights()
         self._port.end(None, version, weights)
         deadline = time.monotonic() + self._report_patiences * self._patience
-        while time.monotonic() < deadline or self._port.is_sending():
+        last = time.monotonic() + LAST_WEIGHTS_PATIENCES * self._patience
+        while (now := time.monotonic()) < deadline or (now < last and self._port.is_sending()):
             waited_for = {worker.rank for worker in self._port.workers()} - self.crew.reports.keys()
             if not waited_for:
                 break
