@@ -74,11 +74,17 @@ class ClusterError(SmolError):
 
 
 class PeerLost(ClusterError):
-    """A rank died, was silent for longer than `cluster.patience`, or left early."""
+    """A rank died, was silent for longer than `cluster.patience`, or left early.
 
-    def __init__(self, message: str, rank: int) -> None:
+    Attributes:
+        rank: which.
+        may_return: it did not end but was silent, stopped or with its link down; or it lost us and not we it.
+    """
+
+    def __init__(self, message: str, rank: int, *, may_return: bool = False) -> None:
         super().__init__(message)
         self.rank = rank
+        self.may_return = may_return
 
 
 class RendezvousTimeout(ClusterError):

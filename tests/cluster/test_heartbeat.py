@@ -23,7 +23,7 @@ class FakeWorld:
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.heard = {1: 100.0, 2: 100.0}
-        self.reported: list[tuple[int, str]] = []
+        self.reported: list[tuple[int, str, bool]] = []
         self.beats: list[float] = []
         self.beaten = threading.Semaphore(0)
 
@@ -35,8 +35,8 @@ class FakeWorld:
         self.beats.append(time.monotonic())
         self.beaten.release()
 
-    def report_lost(self, rank: int, reason: str) -> None:
-        self.reported.append((rank, reason))
+    def report_lost(self, rank: int, reason: str, *, may_return: bool) -> None:
+        self.reported.append((rank, reason, may_return))
 
     def note_sleep(self, until: float) -> None:
         self.slept = until
@@ -61,13 +61,13 @@ def test_a_rank_is_lost_after_the_patience_and_not_before(resting: Any) -> None:
     heartbeat.look(now=104.9, overslept=0.0)
     assert world.reported == []
     heartbeat.look(now=105.1, overslept=0.0)
-    assert world.reported == [(1, "it was silent for 5.1 s (cluster.patience is 5)")]
+    assert world.reported == [(1, "it was silent for 5.1 s (cluster.patience is 5)", True)]
 
 
 def test_all_silent_ranks_are_reported(resting: Any) -> None:
     heartbeat, world = resting
     heartbeat.look(now=106.0, overslept=0.1)
-    assert [rank for rank, _ in world.reported] == [1, 2]
+    assert [rank for rank, *_ in world.reported] == [1, 2]
 
 
 def test_a_process_that_was_suspended_blames_nobody_at_first(resting: Any) -> None:
@@ -76,13 +76,13 @@ def test_a_process_that_was_suspended_blames_nobody_at_first(resting: Any) -> No
     assert world.reported == []
     world.heard[1] = 160.5  # meanwhile the waiting beats of rank 1 were read; rank 2 is really gone
     heartbeat.look(now=161.0, overslept=0.0)
-    assert [rank for rank, _ in world.reported] == [2]
+    assert [rank for rank, *_ in world.reported] == [2]
 
 
 def test_a_short_delay_is_no_suspension(resting: Any) -> None:
     heartbeat, world = resting
     heartbeat.look(now=106.0, overslept=2.4)
-    assert [rank for rank, _ in world.reported] == [1, 2]
+    assert [rank for rank, *_ in world.reported] == [1, 2]
 
 
 def test_a_slow_send_is_no_suspension() -> None:
@@ -95,7 +95,7 @@ def test_a_slow_send_is_no_suspension() -> None:
     world: Any = SlowWorld(0.1)
     world.heard = {1: time.monotonic(), 2: time.monotonic()}
     reported = threading.Event()
-    world.report_lost = lambda rank, reason: reported.set()
+    world.report_lost = lambda rank, reason, may_return: reported.set()
     heartbeat = Heartbeat(world)
     assert reported.wait(5)
     heartbeat.close()

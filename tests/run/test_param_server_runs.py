@@ -195,6 +195,24 @@ def test_a_suspended_worker_is_taken_back(tmp_path: Path) -> None:
     check_ledger(folder, 80)
 
 
+def test_a_suspended_worker_that_wakes_after_the_end_hears_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = train(
+        folder, "--algorithm", "edp", "--local", "3", "--override", "training.epochs=40",
+        "--override", "cluster.patience=1.5",
+    )  # fmt: skip
+    wait_for(lambda: len(rows(folder)) > 20)
+    worker = process_of(folder, 1)
+    worker.suspend()
+    try:
+        wait_for(lambda: "train/samples" in rows(folder)[-1] and "val/loss" in rows(folder)[-1], 30)
+    finally:
+        worker.resume()
+    finish(run)
+    assert (summary(folder)["lost_ranks"], summary(folder)["joined_ranks"]) == ([], [1])
+    check_ledger(folder, 40)
+
+
 @pytest.mark.parametrize("algorithm", ["syncps", "edp"])
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(algorithm: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"

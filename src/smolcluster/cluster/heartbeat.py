@@ -39,7 +39,8 @@ class Heartbeat:
         for rank, heard in self._world.silent_since().items():
             silence = now - heard
             if silence > patience:
-                self._world.report_lost(rank, f"it was silent for {silence:.1f} s (cluster.patience is {patience:g})")
+                reason = f"it was silent for {silence:.1f} s (cluster.patience is {patience:g})"
+                self._world.report_lost(rank, reason, may_return=True)
 
     def _run(self) -> None:
         while True:

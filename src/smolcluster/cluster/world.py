@@ -357,12 +357,12 @@ class World:
             self._suspects[peer] = timer
             timer.start()
 
-    def report_lost(self, peer: int, reason: str) -> None:
+    def report_lost(self, peer: int, reason: str, *, may_return: bool = False) -> None:
         """`peer` is lost: tell everyone and fail everything here. No rank that left as planned is lost."""
         with self._lock:
             if peer in self._left:
                 return
-        self.abort(PeerLost(f"{self.name(peer)} is lost: {reason}", peer))
+        self.abort(PeerLost(f"{self.name(peer)} is lost: {reason}", peer, may_return=may_return))
 
     def _judge(self, peer: int, reason: SmolError) -> None:
         with self._lock:
@@ -480,7 +480,7 @@ class World:
         kind: Any = getattr(errors, str(message.get("error")), None)
         error: SmolError
         if isinstance(lost, int) and 0 <= lost < self.world_size:
-            error = PeerLost(text, lost)
+            error = PeerLost(text, lost, may_return=lost == self.rank)
         elif isinstance(kind, type) and issubclass(kind, SmolError) and kind is not PeerLost:
             error = kind(text)
         else:

@@ -39,8 +39,9 @@ START_PATIENCES = 6
 JOIN_PATIENCES = 60
 # With fewer workers than it needs, a run waits so many patiences for one to come (back) before it gives up.
 RETURN_PATIENCES = 6
-# The last word of the workers is waited for so many patiences.
-REPORT_PATIENCES = 1
+# The last word of the workers is waited for so many patiences. Those who fell silent not longer ago have this time to
+# come back and hear that the run is over: without a server they would look for it long.
+REPORT_PATIENCES = 6
 # Longer while last weights are on their way to somebody, but not for ever.
 LAST_WEIGHTS_PATIENCES = 60
 # Seconds between looks whether somebody wants the run to stop.
@@ -232,6 +233,7 @@ class ServerRole:
         self._began = 0.0
         self._lap = 0.0
         self._here: set[int] = set()  # sessions that this has heard of
+        self._silent_since: dict[int, float] = {}  # ranks that may come back
         self._too_few_since: float | None = None
         self._has_begun = False
         self._is_over = False
@@ -339,6 +341,7 @@ class ServerRole:
 
     def _joined(self, worker: Worker) -> None:
         crew = self.crew
+        self._silent_since.pop(worker.rank, None)
         if worker.rank in crew.lost:
             crew.lost.remove(worker.rank)
         if self._has_begun and worker.rank not in crew.joined:
@@ -353,6 +356,8 @@ class ServerRole:
         worker = event.worker
         self._rule.left(worker)
         self._port.forget(worker)
+        if isinstance(event.error, PeerLost) and event.error.may_return:
+            self._silent_since[worker.rank] = time.monotonic()
         logger.warning("worker left rank=%d session=%d reason=%s", worker.rank, worker.session, event.error)
         if self._is_over or worker.rank in self.crew.lost:
             return
@@ -517,12 +522,26 @@ class ServerRole:
         self._is_over = True
         version, weights = self._rule.last_weights()
         self._port.end(None, version, weights)
-        deadline = time.monotonic() + self._report_patiences * self._patience
-        last = time.monotonic() + LAST_WEIGHTS_PATIENCES * self._patience
-        while (now := time.monotonic()) < deadline or (now < last and self._port.is_sending()):
-            waited_for = {worker.rank for worker in self._port.workers()} - self.crew.reports.keys()
-            if not waited_for:
-                break
+        self._await_reports()
+
+    def _await_reports(self) -> None:
+        """Until all who are here, and those who fell silent lately, have said their last word, or long enough."""
+        began = time.monotonic()
+        is_told = False
+        while True:
+            now = time.monotonic()
+            patiences = 1 if self._context.stop.is_set() else self._report_patiences
+            silent = {rank for rank, since in self._silent_since.items() if now - since < patiences * self._patience}
+            waited_for = silent | ({worker.rank for worker in self._port.workers()} - self.crew.reports.keys())
+            limit = LAST_WEIGHTS_PATIENCES if self._port.is_sending() else patiences
+            if not waited_for or now - began > limit * self._patience:
+                return
+            if not is_told and silent and now - began > self._patience:
+                is_told = True
+                self._note(
+                    f"rank {', '.join(map(str, sorted(silent)))} fell silent: the server waits up to "
+                    f"{limit * self._patience:g} s to tell it that the run is over"
+                )
             self._handle_next(None, is_start=True)
 
     def _result(self, stopped: bool) -> TrainResult:
