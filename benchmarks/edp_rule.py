@@ -128,7 +128,7 @@ def compare(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
     workload = SETTINGS[name]
     rate = options.learning_rate or workload["learning_rate"]
     common = [*workload["settings"], f"training.learning_rate={rate}", f"cluster.seed={seed}", *options.override]
-    batch = workload["batch"]
+    batch = options.batch or workload["batch"]
     single = train(folder / f"single{seed}", workload["preset"], [*common, f"training.batch_size={WORKERS * batch}"])
     own = [
         *common, f"training.batch_size={batch}", f"cluster.worker_update_interval={options.interval}",
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--interval", type=int, default=1, help="leases after which a worker asks for weights")
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--batch", type=int, help="samples of a lease")
     parser.add_argument("--override", action="append", default=[])
     parser.add_argument("--skip-unscaled", action="store_true")
     parser.add_argument("--int8", action="store_true", help="repeat the log with int8 both ways too")

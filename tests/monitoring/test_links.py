@@ -16,7 +16,7 @@ from smolcluster.collectives.local import LocalGroup
 from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.errors import PeerLost
 from smolcluster.monitoring import links
-from smolcluster.monitoring.links import LinkMetrics, measure_links
+from smolcluster.monitoring.links import EverySteps, LinkMetrics, SessionLinks, measure_links
 from smolcluster.transport.base import Channel, Hello
 from smolcluster.transport.inproc import FaultPlan, FaultyChannel
 from transport.leaks import no_leftovers
@@ -66,6 +66,26 @@ def test_columns_come_every_interval_steps_for_every_peer() -> None:
 
 def test_engines_without_links_of_ours_have_no_columns() -> None:
     assert measure_links(LocalGroup(2).communicators[0], 1) is None
+
+
+def test_rows_with_gaps_are_due_when_they_pass_a_multiple() -> None:
+    every = EverySteps(4)
+    # The 6 comes late, as an evaluation's row does; after it nothing has been passed that was not passed before.
+    due = [step for step in (1, 2, 5, 7, 8, 10, 6, 11, 14) if every.is_due(step)]
+    assert due == [5, 8, 14]
+
+
+def test_sessions_have_columns_until_they_end() -> None:
+    measured = SessionLinks(2)
+    with opened(inproc_group(2)) as stays:
+        with opened(inproc_group(2)) as goes:
+            measured.open(goes[1].world)  # to rank0
+            assert "link/rank0/rtt_ms" in measured.row(0, time.time())
+            measured.open(stays[0].world)  # to rank1
+            assert measured.row(1, time.time()) == {}
+            assert {"link/rank0/rtt_ms", "link/rank1/rtt_ms"} <= measured.row(2, time.time()).keys()
+        row = measured.row(4, time.time())
+    assert {key for key in row if "wire" not in key} == {f"link/rank1/{column}" for column in COLUMNS}
 
 
 def test_bandwidth_times_the_time_between_two_rows_is_what_was_sent_and_received() -> None:

@@ -82,8 +82,21 @@ def check_ledger(folder: Path, epochs: int) -> None:
     assert seen == Counter((epoch, place) for epoch in range(epochs) for place in range(SAMPLES))
 
 
+def assert_links(found: list[dict[str, Any]], peers: set[str]) -> None:
+    """Every tenth row describes the link to each peer; the bytes are those of the rows in between."""
+    described = [row for row in found if any(key.startswith("link/rank") for key in row)]
+    assert [row["step"] for row in described] == [0, 10, 20, 30]
+    for peer in peers:
+        assert described[-1][f"link/{peer}/rtt_ms"] > 0
+    before, last = described[-2:]
+    moved = sum(last[f"link/{peer}/bandwidth_bytes_per_s"] for peer in peers) * (last["time"] - before["time"])
+    counted = sum(row["link/sent_bytes"] + row["link/recv_bytes"] for row in found if 20 < row["step"] <= 30)
+    assert moved == pytest.approx(counted, rel=0.25)  # weights of the next step may be on their way when one is counted
+
+
 def test_syncps_equals_single_and_fills_the_run_folder(tmp_path: Path) -> None:
     shared = ["--max-steps", "40", "--override", "cluster.staleness_bound=1"]
+    shared += ["--override", "cluster.metrics_log_interval=10"]
     servers = train(tmp_path / "ps", "--algorithm", "syncps", "--local", "3", *shared)
     finish(servers)
     kept = summary(tmp_path / "ps")
@@ -103,6 +116,8 @@ def test_syncps_equals_single_and_fills_the_run_folder(tmp_path: Path) -> None:
     for rank in (1, 2):
         losses = {row["step"]: row["train/loss"] for row in rows(tmp_path / "ps", rank)}
         assert losses == {row["step"]: row["train/loss"] for row in rows(tmp_path / "ps")}
+    assert_links(rows(tmp_path / "ps"), {"rank1", "rank2"})
+    assert_links(rows(tmp_path / "ps", 1), {"rank0"})
     generation = json.loads((tmp_path / "ps" / "generation.json").read_text())
     assert [member["rank"] for member in generation["members"]] == [0, 1, 2]
 

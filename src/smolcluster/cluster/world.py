@@ -294,6 +294,11 @@ class World:
         """What ended this world, if anything did."""
         return self._error
 
+    @property
+    def is_over(self) -> bool:
+        """It has ended with an error, or this rank has left it."""
+        return self._error is not None or self._leaving
+
     def silent_since(self) -> dict[int, float]:
         """For each rank that should be alive: `time.monotonic()` at which it was last heard.
 

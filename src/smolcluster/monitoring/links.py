@@ -5,6 +5,7 @@ docs/network-metrics.md says what each of them means and how it compares with wh
 
 from __future__ import annotations
 
+import threading
 import time
 
 from smolcluster.cluster.world import LinkState, World
@@ -16,13 +17,28 @@ from smolcluster.kinds import JsonObject
 PING_INTERVAL = 1.0
 
 
+class EverySteps:
+    """Says which rows are due: those whose step is a multiple of a number, or has passed one since the row before."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._before: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """To be asked once for every row: the steps of a worker of edp have gaps, those of others' pushes."""
+        before = self._before
+        self._before = step if before is None else max(before, step)
+        has_passed = before is not None and step // self._interval > before // self._interval
+        return step % self._interval == 0 or has_passed
+
+
 class LinkMetrics:
     """Measures the links of one rank. For one thread."""
 
     def __init__(self, world: World, interval: int) -> None:
         """Measure the links of `world`; rows are due every `interval` steps."""
         self._world = world
-        self._interval = interval
+        self._every = EverySteps(interval)
         self._peers = {member.rank: member.name for member in world.view().members if member.rank != world.rank}
         self._pinged = time.monotonic()
         self._row_time = time.time()
@@ -39,7 +55,7 @@ class LinkMetrics:
             row_time: its `time`: so that bandwidth times the time between two rows is what was sent between them.
         """
         columns: JsonObject = {}
-        if step % self._interval == 0:
+        if self._every.is_due(step):
             seconds, self._row_time = max(row_time - self._row_time, 1e-3), row_time
             for peer, name in self._peers.items():
                 before, state = self._before[peer], self._world.link_state(peer)
@@ -48,6 +64,31 @@ class LinkMetrics:
         if time.monotonic() - self._pinged >= PING_INTERVAL:
             self._pinged = time.monotonic()
             self._world.ping()
+        return columns
+
+
+class SessionLinks:
+    """Measures the links between a parameter server and its workers: sessions come and go. Thread-safe."""
+
+    def __init__(self, interval: int) -> None:
+        """Measure those that are opened; rows are due every `interval` steps."""
+        self._interval = interval
+        self._lock = threading.Lock()
+        self._sessions: list[tuple[World, LinkMetrics]] = []
+
+    def open(self, world: World) -> None:
+        """A session begins."""
+        metrics = LinkMetrics(world, self._interval)
+        with self._lock:
+            self._sessions.append((world, metrics))
+
+    def row(self, step: int, row_time: float) -> JsonObject:
+        """As that of LinkMetrics, of those sessions that have not ended."""
+        columns: JsonObject = {}
+        with self._lock:
+            self._sessions = [(world, metrics) for world, metrics in self._sessions if not world.is_over]
+            for _, metrics in self._sessions:
+                columns |= metrics.row(step, row_time)
         return columns
 
 

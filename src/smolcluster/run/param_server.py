@@ -30,6 +30,7 @@ from smolcluster.data.source import MemoryData
 from smolcluster.errors import CheckpointError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
+from smolcluster.monitoring.links import SessionLinks
 from smolcluster.monitoring.resources import peak_rss_bytes
 from smolcluster.monitoring.session_trace import ServerTrace, WorkerTrace
 from smolcluster.monitoring.trace import OptimizerSpans
@@ -123,7 +124,11 @@ def run_server(
     telemetry = Telemetry()
     recording = None if trace is None else ServerTrace(telemetry, trace, names[0])
 
+    links = _links(parts)
+
     def session_opened(worker: Worker, world: SessionWorld) -> None:
+        if links is not None:
+            links.open(world)
         if recording is not None:
             recording.open(world)
         if opened is not None:
@@ -187,7 +192,7 @@ def run_server(
         if recording is not None:
             OptimizerSpans(telemetry, built.optimizers)
             closing.enter_context(recording)
-        rows = ExtendedRows(context.metrics, parts, model, optimizer, None)
+        rows = ExtendedRows(context.metrics, parts, model, optimizer, links)
         result = role.run(RunContext(rows, None, context.stop))
     if deliver is not None:
         deliver()
@@ -241,8 +246,11 @@ def run_worker(
 
     telemetry = Telemetry()
     trace = WorkerTrace(telemetry, parts.rank, name)
+    links = _links(parts)
 
     def session_began(world: SessionWorld) -> None:
+        if links is not None:
+            links.open(world)
         trace.begin(world)
         if began is not None:
             began(world)
@@ -264,13 +272,19 @@ def run_worker(
     batches = LeasedBatches(port, parts.data.train, sampler, config.training.micro_batches)
     trainer = Trainer(assemble_worker(parts, port), batches, NO_END, endpoint=port)
     try:
-        rows = ExtendedRows(context.metrics, parts, model, None, None)
+        rows = ExtendedRows(context.metrics, parts, model, None, links)
         result = TrainerRole(trainer).run(RunContext(rows, None, context.stop))
         port.last_word(trace.send)
         port.report(_worker_report(parts, port))
         return result
     finally:
         port.close()
+
+
+def _links(parts: Parts) -> SessionLinks | None:
+    """What measures them, if it is wanted."""
+    cluster = parts.config.cluster
+    return SessionLinks(cluster.metrics_log_interval) if cluster.track_network_metrics else None
 
 
 @dataclass(frozen=True, slots=True)

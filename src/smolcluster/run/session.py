@@ -21,7 +21,7 @@ from smolcluster.data.loader import BatchLoader
 from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.gradients import GradientNorms
-from smolcluster.monitoring.links import measure_links
+from smolcluster.monitoring.links import EverySteps, LinkMetrics, SessionLinks, measure_links
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.trace import OptimizerSpans, RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
@@ -96,7 +96,9 @@ def run_rank(
         skip_nonfinite=skip_nonfinite,
     )
     (optimizer,) = assembly.optimizers
-    sink = ExtendedRows(context.metrics, parts, assembly.strategy.model, optimizer, comm)
+    cluster = parts.config.cluster
+    links = measure_links(comm, cluster.metrics_log_interval) if cluster.track_network_metrics else None
+    sink = ExtendedRows(context.metrics, parts, assembly.strategy.model, optimizer, links)
     logger.info("training rank=%d world_size=%d steps=%d", parts.rank, comm.world_size, assembly.steps)
     if recording is not None:
         OptimizerSpans(comm.telemetry, assembly.optimizers)
@@ -231,20 +233,19 @@ class ExtendedRows:
         parts: Parts,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
-        comm: Communicator | None,
+        links: LinkMetrics | SessionLinks | None,
     ) -> None:
-        """Add to the rows that go to `sink`; without an optimizer or a communicator there is less to add."""
+        """Add to the rows that go to `sink`; without an optimizer or links there is less to add."""
         self._sink = sink
-        self._interval = parts.config.cluster.metrics_log_interval
+        self._every = EverySteps(parts.config.cluster.metrics_log_interval)
         wants_norms = parts.config.training.track_gradients and optimizer is not None
         self._norms = GradientNorms(model, optimizer) if wants_norms and optimizer is not None else None
         self._usage = ProcessUsage(parts.device)
-        wants_links = parts.config.cluster.track_network_metrics and comm is not None
-        self._links = measure_links(comm, self._interval) if wants_links and comm is not None else None
+        self._links = links
 
     def write(self, row: JsonObject) -> None:
         step, row_time = row.get("step"), row.get("time")
-        if isinstance(step, int) and step % self._interval == 0:
+        if isinstance(step, int) and self._every.is_due(step):
             row = row | self._usage.row()
         if self._links is not None and isinstance(step, int) and isinstance(row_time, float):
             row = row | self._links.row(step, row_time)
