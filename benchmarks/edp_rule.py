@@ -4,11 +4,13 @@
     python benchmarks/edp_rule.py --workload gpt --seeds 3 [--interval 6] [--int8]
 
 A run is `smolcluster train --algorithm edp --local 4`: three workers and a server over TCP, as fast as this machine
-lets them. So their staleness is what it is; `--interval` makes it larger: a worker asks for weights only after so many
-leases. For the rule without 1/(1 + tau) the log of that run is repeated in one process: the same gradients are computed
-on weights of the same versions and applied in the same order, with a learning rate that knows no staleness. `--int8`
-repeats it with the rule as it is, and pushes and weights through the codec: two runs with and without would differ by
-their staleness too. What may be by chance is shown by a third repetition, from weights changed in the seventh digit.
+lets them. So their staleness is what it is. Where four processes share two cores an answer waits for a core; with
+`--quota` there is always one for it, as where every worker has a machine of its own. `--interval` makes it larger: a
+worker asks for weights only after so many leases. For the rule without 1/(1 + tau) the log of that run is repeated in
+one process: the same gradients are computed on weights of the same versions and applied in the same order, with a
+learning rate that knows no staleness. `--int8` repeats it with the rule as it is, and pushes and weights through the
+codec: two runs with and without would differ by their staleness too. What may be by chance is shown by a third
+repetition, from weights changed in the seventh digit.
 
 Printed and saved, for each seed: validation loss and accuracy of the three, mean staleness, the largest share of its
 time that a worker waited, and whether there were as many updates as pushes.
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 from machine import save
+from unequal import confine, quotas, started
 
 from smolcluster.config.load import load_config
 from smolcluster.config.schema import resolved_batch_size
@@ -39,7 +42,7 @@ from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.step import EvalSums, StepResult, evaluate_batch
 
 WORKERS = 3
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "mnist": {
         "batch": 64, "settings": ["training.epochs=20"], "preset": "single_mnist", "learning_rate": 2e-3,
     },
@@ -77,12 +80,20 @@ class Unscaled(Replay):
         return super().learning_rate(update) * (1 + (update.tau or 0))
 
 
-def train(out: Path, preset: str, settings: list[str], *arguments: str) -> dict[str, Any]:
-    """One run through the command line; its summary."""
+def train(
+    out: Path, preset: str, settings: list[str], *arguments: str, quota: float | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """One run through the command line, its workers with so many cores each; its summary."""
     command = [sys.executable, "-m", "smolcluster.train", "--preset", preset, "--quiet", "--out", str(out), *arguments]
     for setting in settings:
         command += ["--override", setting]
-    subprocess.run(command, check=True)
+    process = subprocess.Popen(command)
+    with quotas([None, *[quota] * WORKERS]) as groups:
+        if quota is not None:
+            for rank, pid in started(out, len(groups)).items():
+                confine(groups[rank], pid)
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, command)
     return json.loads((out / "summary.json").read_text())
 
 
@@ -134,7 +145,8 @@ def compare(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
         *common, f"training.batch_size={batch}", f"cluster.worker_update_interval={options.interval}",
     ]  # fmt: skip
     run = folder / f"edp{seed}"
-    edp = train(run, workload["preset"], own, "--algorithm", "edp", "--local", str(WORKERS + 1))
+    local = ["--algorithm", "edp", "--local", str(WORKERS + 1)]
+    edp = train(run, workload["preset"], own, *local, quota=options.quota)
     assert edp["samples"] == single["samples"]
     sums = None if options.skip_unscaled else replayed(run, Unscaled)
     int8 = replayed(run, Int8) if options.int8 else None
@@ -158,6 +170,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--interval", type=int, default=1, help="leases after which a worker asks for weights")
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--quota", type=float, help="cores of each worker (root): what is left is the server's")
     parser.add_argument("--batch", type=int, help="samples of a lease")
     parser.add_argument("--override", action="append", default=[])
     parser.add_argument("--skip-unscaled", action="store_true")
