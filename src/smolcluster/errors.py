@@ -111,3 +111,11 @@ class TrainingStopped(SmolError):
     """Training ended by itself: a loss that is not finite, a full disk."""
 
     exit_code = 4
+
+
+def error_of(name: str, text: str) -> SmolError | None:
+    """An error that another rank had, from its class and text; None: none of these, or PeerLost, which needs a rank."""
+    kind = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, SmolError)) or issubclass(kind, PeerLost):
+        return None
+    return kind(text)

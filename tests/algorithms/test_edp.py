@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.equality import Case, build_simple_nn
-from algorithms.param_servers import NEVER, ParamServerRun, Setting, audit
+from algorithms.param_servers import NEVER, ParamServerRun, Setting, audit, wait_until
 from smolcluster.algorithms.edp import EdpServer, EdpWorker
 from smolcluster.checkpoint.ledger import LEDGER, read_ledger
 from smolcluster.collectives.param_messages import Answer, PushNote
@@ -154,6 +154,10 @@ class HeldPort:
         self.rank, self.sessions, self.is_closed, self.telemetry = 1, 1, False, Telemetry()
         self.pushed: list[tuple[list[Tensor], PushNote, Ticket]] = []
         self.came = threading.Semaphore(0)
+        self.server: str | None = "first"
+
+    def lineage(self) -> str | None:
+        return self.server
 
     def push(self, gradients: list[Tensor], note: PushNote) -> Ticket:
         ticket = Ticket(Telemetry(), lambda: None)
@@ -188,6 +192,25 @@ def test_what_does_not_fit_into_the_queue_is_added_up_and_not_dropped() -> None:
     results = outbox.close()
     assert [result.step for result in results] == [0, 1]
     assert MAX_WAITING == 1
+
+
+def test_results_of_a_server_that_went_back_to_its_checkpoint_are_dropped() -> None:
+    port = HeldPort()
+    outbox = Outbox(port)  # type: ignore[arg-type]
+    for number in range(2):
+        outbox.put([torch.ones(3)], note_of(number, base=number, count=4))
+        assert port.came.acquire(timeout=5)
+        port.pushed[number][2].finish(Answer(status="applied", step=number))
+    wait_until(lambda: len(outbox._results) == 2)
+    port.server = None  # it may come back as it was: then what it did counts
+    assert outbox.next_result() is None
+    port.server = "first"
+    first = outbox.next_result()
+    assert first is not None
+    assert first.step == 0
+    port.server = "second"
+    assert outbox.next_result() is None
+    assert outbox.close() == []
 
 
 def test_gradients_of_a_lost_session_are_not_pushed_in_the_next() -> None:

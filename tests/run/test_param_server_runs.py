@@ -62,8 +62,13 @@ def rows(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 def process_of(folder: Path, rank: int) -> psutil.Process:
     """The newest process of a rank."""
+    return psutil.Process(pid_of(folder, rank))
+
+
+def pid_of(folder: Path, rank: int) -> int:
+    """Of the newest process of a rank."""
     log = (folder / "logs" / f"rank{rank}.log").read_text()
-    return psutil.Process(int(re.findall(rf"rank started rank={rank} world_size=\d+ pid=(\d+)", log)[-1]))
+    return int(re.findall(rf"rank started rank={rank} world_size=\d+ pid=(\d+)", log)[-1])
 
 
 def wait_for(condition: Any, timeout: float = 60.0) -> None:
@@ -222,6 +227,42 @@ def test_a_suspended_worker_that_wakes_after_the_end_hears_of_it(tmp_path: Path)
     finish(run)
     assert (summary(folder)["lost_ranks"], summary(folder)["joined_ranks"]) == ([], [1])
     check_ledger(folder, 40)
+
+
+def test_a_worker_that_dies_after_the_end_is_no_failure(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = train(
+        folder, "--algorithm", "edp", "--local", "3", "--override", "training.epochs=40",
+        "--override", "cluster.patience=1.5",
+    )  # fmt: skip
+    wait_for(lambda: len(rows(folder)) > 20)
+    worker = process_of(folder, 1)
+    worker.suspend()
+    wait_for(lambda: "val/loss" in rows(folder)[-1], 30)
+    wait_for(lambda: not psutil.pid_exists(pid_of(folder, 2)), 30)
+    worker.kill()
+    finish(run)
+    assert summary(folder)["lost_ranks"] == [1]
+
+
+def test_a_run_without_staleness_that_was_stopped_in_a_step_replays(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = ["--algorithm", "edp", "--local", "3", "--override", "cluster.staleness_bound=0"]
+    arguments += ["--override", "training.batch_size=400", "--override", "model.hidden=1024", "--max-steps", "80"]
+    for _ in range(5):  # once in a while it is stopped between two steps
+        resume = ["--resume", "latest"] if folder.exists() else []
+        known = len(rows(folder))
+        run = train(folder, *arguments, *resume)
+        wait_for(lambda known=known: len(rows(folder)) > known + 4)
+        run.send_signal(signal.SIGINT)
+        finish(run, 130)
+        if '"gathered"' in (folder / "applications.jsonl").read_text():
+            break
+    finish(train(folder, *arguments, "--resume", "latest"))
+    assert '"gathered"' in (folder / "applications.jsonl").read_text()
+    told = finish(start("train", "--replay", str(folder), "--out", str(tmp_path / "replay")))
+    (difference,) = re.findall(r"the weights differ from those of .* by at most (\S+)", told)
+    assert float(difference) <= 1e-11
 
 
 @pytest.mark.parametrize("algorithm", ["syncps", "edp"])

@@ -50,7 +50,7 @@ from smolcluster.training.flat import (
 )
 from smolcluster.training.optim import OptimizerFactory, load_optimizer_state, optimizer_state
 from smolcluster.training.schedule import LrSchedule
-from smolcluster.training.server import Commit, Update, as_answer, as_result, log_of
+from smolcluster.training.server import Commit, Update, as_answer, as_result, gathered_log_of, log_of
 from smolcluster.training.shares import WorkerShares
 from smolcluster.training.step import (
     EvalSums,
@@ -233,6 +233,10 @@ class _Gathering:
     first_push_at: float | None = None
     total: _Sum | None = None
 
+    def in_order(self) -> list[Push]:
+        """By rank: added up so, they give the same bits, whoever was faster."""
+        return sorted(self.pushes.values(), key=lambda push: push.worker.rank)
+
     @property
     def is_empty(self) -> bool:
         """Nobody computes it, and nobody has."""
@@ -354,8 +358,10 @@ class SyncPsServer:
         return commits
 
     def take_log(self) -> list[JsonObject]:
-        """What repeats this run, since the last call: see run/replay.py."""
+        """What repeats this run, since the last call: see run/replay.py. With `hold` set, also what is gathered."""
         log, self._log = self._log, []
+        if self.hold:
+            log += [gathered_log_of(step.number, step.in_order(), step.ranges) for step in self._open if step.pushes]
         return log
 
     # ---- what follows from it
@@ -484,17 +490,17 @@ class SyncPsServer:
 
         # 4 answer
         result = StepResult(step.number, loss, total.count, total.samples, grad_norm, lr, is_applied)
-        pushes = sorted(step.pushes.values(), key=lambda push: push.worker.rank)
+        pushes = step.in_order()
         self._log.append(log_of(result, pushes, step.ranges))
         for push in pushes:
             self._port.answer(push.worker, push.number, as_answer(result, self._version))
         return Update(result, stalenesses)
 
     def _sum(self, step: _Gathering) -> _Sum:
-        """The pushes of a step added up in the order of ranks: the same bits, whoever was faster."""
+        """The pushes of a step added up."""
         if step.total is not None:
             return step.total
-        pushes = sorted(step.pushes.values(), key=lambda push: push.worker.rank)
+        pushes = step.in_order()
         first, *others = pushes
         scale = first.note.scale
         for push in others:

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
-from smolcluster import errors
-from smolcluster.errors import ConnectFailed, ConnectionLost, PeerLost, SmolError
+from smolcluster.errors import ConnectFailed, ConnectionLost, PeerLost, SmolError, error_of
 from smolcluster.kinds import JsonObject
 from smolcluster.transport.base import Channel, ControlLink, Hello, Listener, Network
 from smolcluster.transport.tcp import CONTROL
@@ -63,7 +62,7 @@ class LinkState:
         sent_bytes: since the start; frames, control messages and handshakes included.
         recv_bytes: as sent_bytes.
         queued_bytes: waiting now: in this process, and on Linux what the kernel holds until it is acknowledged.
-        buffer_bytes: send buffer that the kernel granted the first bulk connection; None: there is none.
+        buffer_bytes: send buffer that the kernel granted the busiest bulk connection; None: there is none.
         wire_bytes: both directions with all headers and repetitions since the start; None: the system does not tell.
         round_trip: seconds there and back, of the fastest of the last pings; None: none was answered yet.
     """
@@ -215,10 +214,17 @@ class World:
             recv_bytes=sum(connection.recv_bytes for connection in connections),
             queued_bytes=sum(state.unacknowledged_bytes for state in states)
             + sum(queued_bytes() for queued_bytes in self._queues[peer]),
-            buffer_bytes=states[0].buffer_bytes if self._channels[peer] else None,
+            buffer_bytes=self._busiest_buffer(peer),
             wire_bytes=None if None in wire else sum(nbytes for nbytes in wire if nbytes is not None),
             round_trip=round_trip,
         )
+
+    def _busiest_buffer(self, peer: int) -> int | None:
+        """Of the connection that gradients take: there may be others, unused."""
+        channels = self._channels[peer]
+        if not channels:
+            return None
+        return max(channels, key=lambda channel: channel.sent_bytes + channel.recv_bytes).socket_state().buffer_bytes
 
     def ping(self) -> None:
         """Ask every rank for an answer, to measure the way there and back. Returns before they come."""
@@ -415,6 +421,7 @@ class World:
             f"{self.name(self.rank)} was suspended for {suspended:.1f} s, longer than cluster.patience "
             f"({self.patience:g}), and the other ranks have given it up",
             self.rank,
+            may_return=True,
         )
 
     def leave(self) -> None:
@@ -482,15 +489,12 @@ class World:
     def _abort_received(self, peer: int, message: JsonObject) -> None:
         text = str(message.get("text", ""))
         lost = message.get("lost")
-        kind: Any = getattr(errors, str(message.get("error")), None)
-        error: SmolError
+        error: SmolError | None
         if isinstance(lost, int) and 0 <= lost < self.world_size:
             error = PeerLost(text, lost, may_return=lost == self.rank)
-        elif isinstance(kind, type) and issubclass(kind, SmolError) and kind is not PeerLost:
-            error = kind(text)
         else:
-            error = PeerLost(f"{self.name(peer)} gave up: {text}", peer)
-        self.abort(error)
+            error = error_of(str(message.get("error")), text)
+        self.abort(error or PeerLost(f"{self.name(peer)} gave up: {text}", peer))
 
     def _closed(self, peer: int, error: SmolError) -> None:
         with self._lock:

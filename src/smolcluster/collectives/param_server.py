@@ -341,20 +341,25 @@ class ServerPort:
                 for tag, tensor in tensors:
                     client.comm.send(tensor, WORKER, tag=tag).add_done_callback(partial(self._sent, client))
 
-    def end(self, reason: str | None = None, version: int = 0, weights: Sequence[Tensor] | None = None) -> None:
+    def end(
+        self, error: BaseException | None = None, version: int = 0, weights: Sequence[Tensor] | None = None
+    ) -> None:
         """Tell all workers that the run is over.
 
         Args:
-            reason: why it failed.
+            error: what it failed with.
             version: of `weights`.
             weights: that all workers shall end with, exact; None: each keeps what it has.
         """
-        self._record = None  # who leaves now changes nothing
+        told: JsonObject = {"reason": None}
+        if error is not None:
+            told = {"reason": str(error) or "the server was stopped", "error": type(error).__name__}
         with self._lock:
-            self._over = {"reason": reason}
+            self._record = None  # who leaves now changes nothing
+            self._over = told
             clients = [client for client in self._clients.values() if not client.is_gone]
         for client in clients:
-            message: JsonObject = {"reason": reason}
+            message = dict(told)
             if weights is not None and client.sent:
                 client.has = None  # so that they go as they are
                 message["weights"] = self._announce(client, version)

@@ -24,7 +24,7 @@ from smolcluster.collectives.base import Codec, Work
 from smolcluster.collectives.flat import FeedbackEncoder, FlatLayout, decode_flats
 from smolcluster.collectives.param_messages import Answer, PushNote
 from smolcluster.collectives.tcp import TcpCommunicator
-from smolcluster.errors import FrameError, PeerLost, SmolError
+from smolcluster.errors import FrameError, PeerLost, SmolError, error_of
 from smolcluster.kinds import JsonObject
 from smolcluster.telemetry import Telemetry
 
@@ -111,7 +111,7 @@ class _Arriving:
 
 @dataclass(frozen=True, slots=True)
 class _Over:
-    reason: str | None
+    error: SmolError | None
     has_weights: bool
 
 
@@ -201,8 +201,8 @@ class WorkerPort:
                 continue
             if isinstance(item, _Over):
                 self._is_over = True
-                if item.reason is not None:
-                    raise PeerLost(item.reason, SERVER)
+                if item.error is not None:
+                    raise item.error
                 if item.has_weights:
                     self._take_last(session)
                 return None
@@ -252,6 +252,11 @@ class WorkerPort:
     def weights_came_at(self) -> float:
         """When the last weights arrived (`time.monotonic()`)."""
         return 0.0 if self._session is None else self._session.weights_came_at
+
+    def lineage(self) -> str | None:
+        """Tells whose weights these are: a server that is started again goes back to a checkpoint. None: it is away."""
+        session = self._session
+        return None if session is None or session.world.is_over else session.world.view().run_id
 
     def version(self) -> int:
         """Of the weights that were taken last."""
@@ -372,7 +377,9 @@ class WorkerPort:
         if isinstance(weights, dict):
             self._expect_weights(session, weights)
         session.is_over = True  # before the tickets are looked through: one that is pushed now looks after it
-        session.inbox.put(_Over(_text(message.get("reason")), isinstance(weights, dict)))
+        reason, kind = message.get("reason"), message.get("error")
+        error = None if reason is None else error_of(str(kind), str(reason)) or PeerLost(str(reason), SERVER)
+        session.inbox.put(_Over(error, isinstance(weights, dict)))
         for ticket in list(session.tickets.values()):  # answers came before; who has none now gets none
             ticket.finish(Answer(status="lost"))
 
@@ -435,10 +442,6 @@ class WorkerPort:
             for has, change in zip(session.has, decode_flats(arriving.flats, self._codec, self.layout), strict=True):
                 has.add_(change)
         return session.has
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
 
 
 def _range(part: object) -> tuple[int, int, int]:

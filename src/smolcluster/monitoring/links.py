@@ -27,6 +27,8 @@ class EverySteps:
     def is_due(self, step: int) -> bool:
         """To be asked once for every row: the steps of a worker of edp have gaps, those of others' pushes."""
         before = self._before
+        if before is not None and step + self._interval < before:  # the run has gone back to a checkpoint
+            before = None
         self._before = step if before is None else max(before, step)
         has_passed = before is not None and step // self._interval > before // self._interval
         return step % self._interval == 0 or has_passed

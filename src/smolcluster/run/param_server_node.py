@@ -272,7 +272,9 @@ class _WorkerMail(logging.Handler):
 
     def begin(self, world: SessionWorld) -> None:
         """From now on over this session."""
-        self._world = world
+        before, self._world = self._world, world
+        if before is not None and before.view().run_id != world.view().run_id:
+            self._kept.clear()  # of steps that a server which was started again has gone back behind
         while self._kept:
             world.send(0, "row", {"row": self._kept.popleft()})
 

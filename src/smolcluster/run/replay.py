@@ -90,6 +90,15 @@ class _Sent(BaseModel):
     version: int
 
 
+class _Gathered(BaseModel):
+    """What was pushed for a step before a checkpoint that has only the sum."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int
+    pushes: tuple[_Push, ...]
+
+
 class UpdateLine(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -338,7 +347,7 @@ def _read(path: Path) -> list[Head | _Sent | UpdateLine]:
             "--replay"
         )
     try:
-        lines = [_parse(line) for line in read_ledger(path)]
+        lines = _with_gathered([_parse(line) for line in read_ledger(path)])
         _check_versions(lines)
     except (ValidationError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
@@ -361,10 +370,25 @@ def _check_versions(lines: Sequence[Head | _Sent | UpdateLine]) -> None:
                         raise ValueError(f"update {line.step} is of weights {part.base}, which nobody was sent")
 
 
-def _parse(line: JsonObject) -> Head | _Sent | UpdateLine:
-    kinds: dict[JsonValue, type[Head] | type[_Sent] | type[UpdateLine]] = {
+def _with_gathered(lines: Sequence[Head | _Sent | _Gathered | UpdateLine]) -> list[Head | _Sent | UpdateLine]:
+    """Each update with its pushes, also where they came before the checkpoint that the run went on from."""
+    gathered: dict[int, tuple[_Push, ...]] = {}
+    whole: list[Head | _Sent | UpdateLine] = []
+    for line in lines:
+        if isinstance(line, _Gathered):
+            gathered[line.step] = line.pushes
+        elif isinstance(line, UpdateLine) and not line.pushes:
+            whole.append(line.model_copy(update={"pushes": gathered[line.step]}))
+        else:
+            whole.append(line)
+    return whole
+
+
+def _parse(line: JsonObject) -> Head | _Sent | _Gathered | UpdateLine:
+    kinds: dict[JsonValue, type[Head] | type[_Sent] | type[_Gathered] | type[UpdateLine]] = {
         "run": Head,
         "weights": _Sent,
+        "gathered": _Gathered,
         "update": UpdateLine,
     }
     return kinds[line.get("event")].model_validate(line)

@@ -259,6 +259,7 @@ class Supervisor:
         self._excuses: dict[int, Failure] = {}  # what ranks said of their end, of which the run may not care
         self._own_deaths: Counter[int] = Counter()  # in a row, but for those by a signal
         self._is_done = False  # rank 0 has ended well
+        self._is_over = False  # a worker has: the server has told it that the run is over
         self._seen: SimpleQueue[_Seen] = SimpleQueue()  # its put may be called from a signal handler
         self._children: list[_Child] = []
         self._failures: list[Failure] = []
@@ -358,7 +359,8 @@ class Supervisor:
         if returncode == 0 and child.rank == 0:
             self._is_done = True
             self._deadline = time.monotonic() + self._patience  # a suspended worker would never end
-        if returncode == 0 or self._is_done:
+        self._is_over |= returncode == 0
+        if returncode == 0 or self._is_done or (self._is_over and child.rank != 0):
             return True
         excuse = self._excuses.get(child.rank)
         self._own_deaths[child.rank] = 0 if returncode < 0 else self._own_deaths[child.rank] + 1

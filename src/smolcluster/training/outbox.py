@@ -104,6 +104,7 @@ class _InFlight:
     note: PushNote
     ticket: Ticket
     began: float
+    lineage: str | None
 
 
 class Outbox:
@@ -114,7 +115,7 @@ class Outbox:
         self._changed = threading.Condition()
         self._waiting: deque[_Waiting] = deque()
         self._in_flight: deque[_InFlight] = deque()
-        self._results: deque[StepResult] = deque()
+        self._results: deque[tuple[str | None, StepResult]] = deque()  # with the server's lineage
         self._error: BaseException | None = None
         self._is_closing = False
         self._thread: threading.Thread | None = None
@@ -140,9 +141,19 @@ class Outbox:
             self._thread.start()
 
     def next_result(self) -> StepResult | None:
-        """What an answered push gave, oldest first; None: nothing new."""
+        """What an answered push gave, oldest first; None: nothing new.
+
+        While the server is away nobody knows whether it still counts: one that is started again goes back to a
+        checkpoint, and with it all that was made since.
+        """
+        if (present := self._port.lineage()) is None:
+            return None
         with self._changed:
-            return self._results.popleft() if self._results else None
+            while self._results:
+                lineage, result = self._results.popleft()
+                if lineage == present:
+                    return result
+            return None
 
     def close(self) -> list[StepResult]:
         """End the thread; the results that are left. The run is over: what still waits is not wanted any more."""
@@ -151,13 +162,17 @@ class Outbox:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        return list(self._results)
+        results = []
+        while (result := self.next_result()) is not None:
+            results.append(result)
+        return results
 
     def _run(self) -> None:
         try:
             while (item := self._next()) is not None:
-                began = time.monotonic()
-                self._in_flight.append(_InFlight(item.note, self._port.push(item.gradients, item.note), began))
+                began, lineage = time.monotonic(), self._port.lineage()
+                ticket = self._port.push(item.gradients, item.note)
+                self._in_flight.append(_InFlight(item.note, ticket, began, lineage))
                 self._collect(at_most=MAX_IN_FLIGHT - 1)
             self._collect(at_most=0)
         except BaseException as error:  # noqa: BLE001 - a thread's top: `put` raises it
@@ -188,4 +203,4 @@ class Outbox:
                 trace.add(PUSHES, "push", push.began, time.monotonic(), details)
             if result is not None:
                 with self._changed:
-                    self._results.append(result)
+                    self._results.append((push.lineage, result))

@@ -42,8 +42,10 @@ RETURN_PATIENCES = 6
 # The last word of the workers is waited for so many patiences. Those who fell silent not longer ago have this time to
 # come back and hear that the run is over: without a server they would look for it long.
 REPORT_PATIENCES = 6
-# Longer while last weights are on their way to somebody, but not for ever.
+# From when last weights have left, if some are on their way; but these are not waited for without end.
 LAST_WEIGHTS_PATIENCES = 60
+# Whoever stops a run wants it to end: seconds for the last words then.
+HURRIED_S = 3.0
 # Seconds between looks whether somebody wants the run to stop.
 SLICE = 0.2
 
@@ -250,7 +252,7 @@ class ServerRole:
             try:
                 return self._serve()
             except BaseException as error:  # whatever it is: workers that are not told would wait for leases
-                self._port.end(str(error) or "the server was stopped")
+                self._port.end(error)
                 raise
 
     def _serve(self) -> TrainResult:
@@ -261,18 +263,20 @@ class ServerRole:
         self._port.telemetry.step = self._steps
         stopped = False
         while not self._rule.is_finished():
-            for update in self._timed(self._rule.advance()):
+            for update in self._timed(self._rule.advance()) if self._too_few_since is None else ():
                 self._port.flush()  # workers hear of it before anything is written
                 with self._port.telemetry.traced("write"):
                     self._after_update(update)
                 if self._context.stop.is_set():
                     break
                 self._handle_next(0.0)  # who asks meanwhile does not wait until all that has come is applied
+                if self._too_few_since is not None:
+                    break
             if self._context.stop.is_set():
                 stopped = not self._rule.is_finished()
                 break
             if not self._rule.is_finished():
-                self._handle_next(self._rule.deadline())
+                self._handle_next(self._rule.deadline() if self._too_few_since is None else None)
         self._conclude(stopped)
         return self._result(stopped)
 
@@ -294,9 +298,12 @@ class ServerRole:
         enough_since: float | None = None
         began = time.monotonic()
         while len(self._here) < self._workers and not self._context.stop.is_set():
-            if self._rule.is_finished():
-                return  # a resumed run that was at its end
             now = time.monotonic()
+            if self._rule.is_finished():  # resumed at its end: those who look for the server hear of it
+                if now - began > self._report_patiences * self._patience:
+                    return
+                self._handle_next(now + SLICE, is_start=True)
+                continue
             if len(self._here) >= self._min_workers:
                 enough_since = enough_since or now
                 if now - enough_since > START_PATIENCES * self._patience:
@@ -368,7 +375,7 @@ class ServerRole:
             self._note(f"{worker.name} (rank {worker.rank}) {why}; {_counted(here)} {'goes' if here == 1 else 'go'} on")
 
     def _check_number(self) -> None:
-        """Give up when there were too few workers for too long."""
+        """With too few workers nothing is lent or applied; give up when there were for too long."""
         here = len(self._port.workers())
         if here >= self._min_workers:
             self._too_few_since = None
@@ -510,10 +517,11 @@ class ServerRole:
         self._rule.hold = False
 
     def _conclude(self, stopped: bool) -> None:
-        self._join_evaluation()
-        if not stopped and self._steps and self._evaluated_at != self._steps and self._evaluate is not None:
-            row: JsonObject = {"time": 0.0, "rank": 0, "step": self._steps - 1}  # a resumed run that was at its end
-            self._write(row | self._evaluate_now())
+        if not stopped:  # whoever wants the run to stop does not wait for an evaluation
+            self._join_evaluation()
+            if self._steps and self._evaluated_at != self._steps and self._evaluate is not None:
+                row: JsonObject = {"time": 0.0, "rank": 0, "step": self._steps - 1}  # a resumed run that was at its end
+                self._write(row | self._evaluate_now())
         if self._steps:
             self._save(is_due=True)
         for log in (self._ledger, self._applications):
@@ -523,24 +531,27 @@ class ServerRole:
         version, weights = self._rule.last_weights()
         self._port.end(None, version, weights)
         self._await_reports()
+        self._write_evaluated()
 
     def _await_reports(self) -> None:
         """Until all who are here, and those who fell silent lately, have said their last word, or long enough."""
-        began = time.monotonic()
+        began = quiet_since = time.monotonic()
         is_told = False
         while True:
             now = time.monotonic()
-            patiences = 1 if self._context.stop.is_set() else self._report_patiences
-            silent = {rank for rank, since in self._silent_since.items() if now - since < patiences * self._patience}
-            waited_for = silent | ({worker.rank for worker in self._port.workers()} - self.crew.reports.keys())
-            limit = LAST_WEIGHTS_PATIENCES if self._port.is_sending() else patiences
-            if not waited_for or now - began > limit * self._patience:
+            is_hurried = self._context.stop.is_set()
+            limit = min(self._patience, HURRIED_S) if is_hurried else self._report_patiences * self._patience
+            if self._port.is_sending() and not is_hurried and now - began < LAST_WEIGHTS_PATIENCES * self._patience:
+                quiet_since = now
+            silent = {rank for rank, since in self._silent_since.items() if not is_hurried and now - since < limit}
+            waited_for = silent | {worker.rank for worker in self._port.workers()}
+            if not waited_for - self.crew.reports.keys() or now - quiet_since > limit:
                 return
             if not is_told and silent and now - began > self._patience:
                 is_told = True
                 self._note(
-                    f"rank {', '.join(map(str, sorted(silent)))} fell silent: the server waits up to "
-                    f"{limit * self._patience:g} s to tell it that the run is over"
+                    f"rank {', '.join(map(str, sorted(silent)))} fell silent: the server waits up to {limit:g} s to "
+                    "tell it that the run is over"
                 )
             self._handle_next(None, is_start=True)
 
@@ -596,6 +607,25 @@ def log_of(
         ranges: the samples of each lease.
         taus: staleness of each part of the only push; empty: the update was not scaled by it.
     """
+    return {
+        "event": "update",
+        "step": result.step,
+        "pushes": _described(pushes, ranges),
+        "samples": result.samples,
+        "count": result.count,
+        "tau": max(taus) if taus else None,
+        "lr": result.lr,
+        "loss": json_number(result.loss),
+        "applied": result.applied,
+    }
+
+
+def gathered_log_of(step: int, pushes: Sequence[Push], ranges: Mapping[int, Sequence[Range]]) -> JsonObject:
+    """The pushes of a step that a checkpoint has as one sum: a run that goes on from it does not know them any more."""
+    return {"event": "gathered", "step": step, "pushes": _described(pushes, ranges)}
+
+
+def _described(pushes: Sequence[Push], ranges: Mapping[int, Sequence[Range]]) -> JsonValue:
     described: list[JsonValue] = []
     for push in pushes:
         parts: list[JsonValue] = [
@@ -611,17 +641,7 @@ def log_of(
                 "parts": parts,
             }
         )
-    return {
-        "event": "update",
-        "step": result.step,
-        "pushes": described,
-        "samples": result.samples,
-        "count": result.count,
-        "tau": max(taus) if taus else None,
-        "lr": result.lr,
-        "loss": json_number(result.loss),
-        "applied": result.applied,
-    }
+    return described
 
 
 def as_answer(result: StepResult, version: int) -> Answer:
