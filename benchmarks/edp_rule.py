@@ -138,12 +138,13 @@ def compare(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
     """The three, with one seed."""
     workload = SETTINGS[name]
     rate = options.learning_rate or workload["learning_rate"]
-    common = [*workload["settings"], f"training.learning_rate={rate}", f"cluster.seed={seed}", *options.override]
+    common = [*workload["settings"], f"cluster.seed={seed}", *options.override]
+    single_rate = options.single_learning_rate or rate
     batch = options.batch or workload["batch"]
-    single = train(folder / f"single{seed}", workload["preset"], [*common, f"training.batch_size={WORKERS * batch}"])
-    own = [
-        *common, f"training.batch_size={batch}", f"cluster.worker_update_interval={options.interval}",
-    ]  # fmt: skip
+    whole = [*common, f"training.learning_rate={single_rate}", f"training.batch_size={WORKERS * batch}"]
+    single = train(folder / f"single{seed}", workload["preset"], whole)
+    own = [*common, f"training.learning_rate={rate}", f"training.batch_size={batch}"]
+    own.append(f"cluster.worker_update_interval={options.interval}")
     run = folder / f"edp{seed}"
     local = ["--algorithm", "edp", "--local", str(WORKERS + 1)]
     edp = train(run, workload["preset"], own, *local, quota=options.quota)
@@ -152,7 +153,7 @@ def compare(name: str, seed: int, options: argparse.Namespace, folder: Path) -> 
     int8 = replayed(run, Int8) if options.int8 else None
     disturbed = replayed(run, Disturbed) if options.int8 else None
     return {
-        "seed": seed, "learning_rate": rate, "samples": edp["samples"],
+        "seed": seed, "learning_rate": rate, "single_learning_rate": single_rate, "samples": edp["samples"],
         "single_loss": single["val_loss"], "single_accuracy": single["val_accuracy"],
         "edp_loss": edp["val_loss"], "edp_accuracy": edp["val_accuracy"],
         "unscaled_loss": None if sums is None else sums.loss_sum / sums.count,
@@ -174,6 +175,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="samples of a lease")
     parser.add_argument("--override", action="append", default=[])
     parser.add_argument("--skip-unscaled", action="store_true")
+    parser.add_argument("--name", help="of the results file; default: edp_rule_WORKLOAD_intervalN")
+    parser.add_argument("--single-learning-rate", type=float, help="default: that of edp")
     parser.add_argument("--int8", action="store_true", help="repeat the log with int8 both ways too")
     options = parser.parse_args()
     found = []
@@ -195,7 +198,8 @@ def main() -> None:
     points = [100 * (line["edp_accuracy"] - line["single_accuracy"]) for line in found]
     print(f"loss x {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); ", end="")
     print(f"accuracy {statistics.median(points):+.2f} points ({min(points):+.2f} to {max(points):+.2f})")
-    save(f"edp_rule_{options.workload}_interval{options.interval}", {"options": vars(options), "runs": found})
+    name = options.name or f"edp_rule_{options.workload}_interval{options.interval}"
+    save(name, {"options": vars(options), "runs": found})
 
 
 if __name__ == "__main__":
