@@ -119,9 +119,10 @@ def train(
         tau = min(wanted, len(past) - 1)  # of the first pushes: nothing older is there
         if not factor(tau):
             continue
-        optimizer.param_groups[0]["lr"] = schedule(update * batch // whole) * batch / whole * factor(tau)
+        indices = sampler.global_indices(update)  # the last of an epoch are fewer
+        optimizer.param_groups[0]["lr"] = schedule(update * batch // whole) * len(indices) / whole * factor(tau)
         optimizer.zero_grad()
-        samples = Batch(*data.train.batch(sampler.global_indices(update)))
+        samples = Batch(*data.train.batch(indices))
         if tau:
             load(params, past[-1 - tau])
         forward_backward(model, [samples], 1 / samples.targets.numel())

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from smolcluster.collectives.local import LocalGroup
 from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.errors import PeerLost
 from smolcluster.monitoring import links
-from smolcluster.monitoring.links import EverySteps, LinkMetrics, SessionLinks, measure_links
+from smolcluster.monitoring.links import LinkMetrics, SessionLinks, measure_links
 from smolcluster.transport.base import Channel, Hello
 from smolcluster.transport.inproc import FaultPlan, FaultyChannel
 from transport.leaks import no_leftovers
@@ -66,13 +67,6 @@ def test_columns_come_every_interval_steps_for_every_peer() -> None:
 
 def test_engines_without_links_of_ours_have_no_columns() -> None:
     assert measure_links(LocalGroup(2).communicators[0], 1) is None
-
-
-def test_rows_with_gaps_are_due_when_they_pass_a_multiple() -> None:
-    every = EverySteps(4)
-    # The 6 comes late, as an evaluation's row does; after it nothing has been passed that was not passed before.
-    due = [step for step in (1, 2, 5, 7, 8, 10, 6, 11, 14) if every.is_due(step)]
-    assert due == [5, 8, 14]
 
 
 def test_sessions_have_columns_until_they_end() -> None:
@@ -180,3 +174,17 @@ def test_the_connections_of_a_part_of_the_group_count_too() -> None:
         assert comms[0].telemetry.counter("link/sent_bytes") - before[1] > 1_000_000
         for part in parts:
             part.close()
+
+
+def test_the_buffer_is_that_of_the_connection_that_carries_the_bytes() -> None:
+    with opened(tcp_group(2)) as comms:
+        sent = comms[0].send(MB, 1, 0)  # not over the first connection, which is that of all-reduces
+        comms[1].recv(0, 0, out=torch.empty_like(MB)).wait(WAIT)
+        sent.wait(WAIT)
+        first, *others = comms[0].world._channels[1]
+        assert first.sent_bytes < max(channel.sent_bytes for channel in others)
+        (carries,) = [channel for channel in others if channel.sent_bytes > MB.nbytes]
+        state = carries.socket_state()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(carries, "socket_state", lambda: replace(state, buffer_bytes=12345))
+            assert comms[0].world.link_state(1).buffer_bytes == 12345

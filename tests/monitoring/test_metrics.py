@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smolcluster.errors import TrainingStopped
-from smolcluster.monitoring.metrics import MetricsFile, read_rows
+from smolcluster.monitoring.metrics import EverySteps, MetricsFile, read_rows
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.summary import build_summary, write_summary
 
@@ -18,6 +18,14 @@ SUMMARY_KEYS = """
     val_perplexity parameters weights_sha256 lost_ranks joined_ranks restarts
     rank_samples rank_weights_sha256 parameter_bytes gradient_bytes optimizer_bytes peak_rss_bytes sent_bytes recv_bytes
 """
+
+
+def test_rows_with_gaps_are_due_when_they_pass_a_multiple() -> None:
+    every = EverySteps(4)
+    # The 6 comes late, as an evaluation's row does; after it nothing has been passed that was not passed before.
+    due = [step for step in (1, 2, 5, 7, 8, 10, 6, 11, 14) if every.is_due(step)]
+    assert due == [5, 8, 14]
+    assert [step for step in (1, 3, 5) if every.is_due(step)] == [5]  # the run has gone back to a checkpoint
 
 
 def test_a_row_is_on_disk_before_the_file_is_closed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,56 +194,54 @@ def test_a_server_without_a_checkpoint_of_its_own_goes_back_to_the_one_that_it_w
     assert summary(second)["restarts"] >= 1
 
 
-def test_a_suspended_worker_is_taken_back(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+@contextlib.contextmanager
+def suspended_worker(folder: Path, epochs: int) -> Iterator[psutil.Process]:
+    """A run of edp with two workers, of which the first is suspended; whatever happens, it goes on at last."""
     run = train(
-        folder, "--algorithm", "edp", "--local", "3", "--override", "training.epochs=80",
-        "--override", "cluster.patience=1",
+        folder, "--algorithm", "edp", "--local", "3", "--override", f"training.epochs={epochs}",
+        "--override", "cluster.patience=1.5",
     )  # fmt: skip
     wait_for(lambda: len(rows(folder)) > 20)
     worker = process_of(folder, 1)
     worker.suspend()
     try:
-        wait_for(lambda: "worker rank1 is lost" in (folder / "logs" / "rank0.log").read_text())
+        yield worker
     finally:
-        worker.resume()
-    wait_for(lambda: (folder / "logs" / "rank0.log").read_text().count("worker joined rank=1") == 2)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.resume()
     finish(run)
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the last update is made."""
+    return "val/loss" in rows(folder)[-1]
+
+
+def test_a_suspended_worker_is_taken_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    log = folder / "logs" / "rank0.log"
+    with suspended_worker(folder, 80) as worker:
+        wait_for(lambda: "worker rank1 is lost" in log.read_text())
+        worker.resume()
+        wait_for(lambda: log.read_text().count("worker joined rank=1") == 2)
     assert summary(folder)["joined_ranks"] == [1]
     check_ledger(folder, 80)
 
 
 def test_a_suspended_worker_that_wakes_after_the_end_hears_of_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = train(
-        folder, "--algorithm", "edp", "--local", "3", "--override", "training.epochs=40",
-        "--override", "cluster.patience=1.5",
-    )  # fmt: skip
-    wait_for(lambda: len(rows(folder)) > 20)
-    worker = process_of(folder, 1)
-    worker.suspend()
-    try:
-        wait_for(lambda: "train/samples" in rows(folder)[-1] and "val/loss" in rows(folder)[-1], 30)
-    finally:
-        worker.resume()
-    finish(run)
+    with suspended_worker(folder, 40):
+        wait_for(lambda: has_ended(folder), 30)
     assert (summary(folder)["lost_ranks"], summary(folder)["joined_ranks"]) == ([], [1])
     check_ledger(folder, 40)
 
 
 def test_a_worker_that_dies_after_the_end_is_no_failure(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = train(
-        folder, "--algorithm", "edp", "--local", "3", "--override", "training.epochs=40",
-        "--override", "cluster.patience=1.5",
-    )  # fmt: skip
-    wait_for(lambda: len(rows(folder)) > 20)
-    worker = process_of(folder, 1)
-    worker.suspend()
-    wait_for(lambda: "val/loss" in rows(folder)[-1], 30)
-    wait_for(lambda: not psutil.pid_exists(pid_of(folder, 2)), 30)
-    worker.kill()
-    finish(run)
+    with suspended_worker(folder, 40) as worker:
+        wait_for(lambda: has_ended(folder), 30)
+        wait_for(lambda: not psutil.pid_exists(pid_of(folder, 2)), 30)
+        worker.kill()
     assert summary(folder)["lost_ranks"] == [1]
 
 

@@ -14,6 +14,23 @@ from smolcluster.errors import TrainingStopped
 from smolcluster.kinds import JsonObject, JsonValue
 
 
+class EverySteps:
+    """Says which rows are due: those whose step is a multiple of a number, or has passed one since the row before."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._before: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """To be asked once for every row: the steps of a worker of edp have gaps, those of others' pushes."""
+        before = self._before
+        if before is not None and step + self._interval < before:  # the run has gone back to a checkpoint
+            before = None
+        self._before = step if before is None else max(before, step)
+        has_passed = before is not None and step // self._interval > before // self._interval
+        return step % self._interval == 0 or has_passed
+
+
 class MetricsFile:
     """Appends rows. For one thread."""
 

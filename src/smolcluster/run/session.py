@@ -21,7 +21,8 @@ from smolcluster.data.loader import BatchLoader
 from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.models.weights import weights_sha256
 from smolcluster.monitoring.gradients import GradientNorms
-from smolcluster.monitoring.links import EverySteps, LinkMetrics, SessionLinks, measure_links
+from smolcluster.monitoring.links import LinkMetrics, SessionLinks, measure_links
+from smolcluster.monitoring.metrics import EverySteps
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.trace import OptimizerSpans, RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
