@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from collectives.contract import open_group, run_group
 from smolcluster.algorithms.classicdp import ClassicDP
+from smolcluster.algorithms.fsdp import FSDP
 from smolcluster.algorithms.single import Single
 from smolcluster.collectives.base import Communicator
 from smolcluster.data.batch import NO_TARGET, Batch
@@ -124,12 +125,23 @@ def make_classicdp(model: nn.Module, comm: Communicator, case: Case) -> ClassicD
     return ClassicDP(model, optimizer_factory("adamw", 3e-3, 0.1), comm, **arguments)
 
 
+def make_fsdp(model: nn.Module, comm: Communicator, case: Case) -> FSDP:
+    # 2 KiB, as above.
+    arguments = {"bucket_bytes": 2048, **_arguments(case)}
+    return FSDP(model, optimizer_factory("adamw", 3e-3, 0.1), comm, **arguments)
+
+
 def run_single(case: Case) -> Outcome:
     """Train in one process on whole global batches."""
     strategy = Single(case.build(0), optimizer_factory("adamw", 3e-3, 0.1), **_arguments(case))
     case = replace(case, shares=None)
     results = [strategy.train_step(case.rank_batches(step, 0, 1)) for step in range(case.steps)]
     return _outcome(strategy, results)
+
+
+def run_fsdp(case: Case, world_size: int, stage: int, engine: str = "local") -> list[Outcome]:
+    """The same with a stage of `fsdp`."""
+    return run_classicdp(case.with_options(stage=stage), world_size, make_fsdp, engine=engine)
 
 
 def run_classicdp(
@@ -153,6 +165,13 @@ def run_classicdp(
 def _outcome(strategy: Any, results: list[StepResult | None]) -> Outcome:
     every_result = [result for result in results if result is not None] + strategy.finish()
     weights = {name: tensor.detach().clone() for name, tensor in strategy.model.state_dict().items()}
+    if isinstance(strategy, FSDP):
+        names = [name for name, _ in strategy.model.named_parameters(remove_duplicate=False)]
+        owned = {name: strategy.whole_parameter(name) for name in names}
+        if owned[names[0]] is None:  # not rank 0: what it has of a parameter is to be the owners' bits
+            weights = {name: tensor for name, tensor in weights.items() if tensor.numel() or name not in owned}
+        else:
+            weights |= owned
     return Outcome(every_result, weights)
 
 

@@ -23,12 +23,14 @@ class Shard:
         kind: what it is for.
         shape: of the whole tensor; None: `tensor` is the whole.
         offset: of the piece in the flattened whole, in elements.
+        alias_of: the name of the tensor that this is another name of (tied weights); `tensor` then holds nothing.
     """
 
     tensor: Tensor
     kind: Kind
     shape: tuple[int, ...] | None = None
     offset: int = 0
+    alias_of: str | None = None
 
     @property
     def global_shape(self) -> tuple[int, ...]:

@@ -229,6 +229,8 @@ class _Draft:
 
     def write(self, file_name: str, shards: Mapping[str, Shard], without_prefix: str = "") -> None:
         """A file with one rank's shards; none if there are none."""
+        self._aliases |= {name: shard.alias_of for name, shard in shards.items() if shard.alias_of is not None}
+        shards = {name: shard for name, shard in shards.items() if shard.alias_of is None}
         if not shards:
             return
         tensors: dict[str, Tensor] = {}

@@ -30,7 +30,8 @@ MicroBatches = Sequence[Batch | Sequence[Tensor] | Tensor]
 # The loss scale's name in a checkpoint.
 SCALER = "scaler"
 
-_AUTOCAST_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What each half precision computes in.
+AUTOCAST_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,16 @@ def forward_backward(
     return torch.zeros((), device=device) if loss_sum is None else loss_sum
 
 
+def filled(batch: Batch) -> Batch:
+    """A batch of one sample without a target in place of one without samples: for a rank that must take part.
+
+    Its loss and its gradients are zero.
+    """
+    inputs = torch.zeros((1, *batch.inputs.shape[1:]), dtype=batch.inputs.dtype)
+    targets = torch.full((1, *batch.targets.shape[1:]), NO_TARGET, dtype=batch.targets.dtype)
+    return Batch(inputs, targets, batch.planned_count)
+
+
 def evaluate_batch(
     model: nn.Module, batch: Batch, precision: Precision = "fp32", device: torch.device | str = "cpu"
 ) -> EvalSums:
@@ -204,7 +215,7 @@ def _summed_loss(
     targets = batch.targets.to(device, non_blocking=True).flatten()
     if precision == "fp64" and inputs.is_floating_point():
         inputs = inputs.double()
-    if (half := _AUTOCAST_DTYPES.get(precision)) is not None:
+    if (half := AUTOCAST_DTYPES.get(precision)) is not None:
         with torch.autocast(inputs.device.type, dtype=half):
             logits = model(inputs)
         logits = logits.float()  # a sum of thousands of losses has no place in 11 bits
@@ -229,22 +240,34 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None, facto
         The true gradient's global norm before clipping.
     """
     grads = [param.grad for param in params if param.grad is not None]
-    if not grads:
-        return 0.0
-    norm = _global_norm(grads)
-    norm *= factor
-    coefficient = factor
-    if max_norm is not None:
-        coefficient *= min(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
-    if coefficient != 1.0 and math.isfinite(norm):
-        torch._foreach_mul_(grads, coefficient)
+    norm = gradient_norm(grads) * factor
+    scale_gradients(grads, norm, max_norm, factor)
     return norm
 
 
-def _global_norm(grads: list[Tensor]) -> float:
-    if any(grad.dtype in _AUTOCAST_DTYPES.values() for grad in grads):
+def scale_gradients(grads: list[Tensor], norm: float, max_norm: float | None, factor: float = 1.0) -> None:
+    """Multiply gradients by `factor`, then scale them down as far as their norm exceeds `max_norm`; in place.
+
+    Args:
+        grads: all of the model's, or this rank's part of them; left alone if the norm is not finite.
+        norm: of all of them, after they are multiplied by `factor`.
+        max_norm: None never scales down.
+        factor: what still separates them from the true gradient.
+    """
+    coefficient = factor
+    if max_norm is not None:
+        coefficient *= min(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
+    if grads and coefficient != 1.0 and math.isfinite(norm):
+        torch._foreach_mul_(grads, coefficient)
+
+
+def gradient_norm(grads: list[Tensor]) -> float:
+    """The norm of all gradients together; blocks. 0 if there are none."""
+    if not grads:
+        return 0.0
+    if any(grad.dtype in AUTOCAST_DTYPES.values() for grad in grads):
         # A norm in the gradient's own half precision would have two or three digits.
-        grads = [grad.float() if grad.dtype in _AUTOCAST_DTYPES.values() else grad for grad in grads]
+        grads = [grad.float() if grad.dtype in AUTOCAST_DTYPES.values() else grad for grad in grads]
     norms = torch._foreach_norm(grads)
     if grads[0].is_cpu:
         return math.hypot(*(norm.item() for norm in norms))

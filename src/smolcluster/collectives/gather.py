@@ -1,0 +1,307 @@
+"""A rank's parts of all parameters, and the units that are put together from all ranks' parts when they are needed.
+
+Stage 3 gathers a unit right before its forward or backward and lets it go afterwards. Its neighbour is gathered
+meanwhile, on connections of its own, so that it does not queue behind gradients. Stages 1 and 2 keep all units, and
+gather each anew after its owners have stepped, while the forward of those before it runs.
+
+    need(2) | compute 2            | need(3) | compute 3 ...
+    start(3)| gather 3 runs        | free(2), start(4)
+
+Cost: (N-1)/N of a unit's bytes per gather. In stage 3 the rest of the model, and at most two units, lie in memory.
+Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277, sections 3.2.1 and 3.3.2 (prefetch).
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from smolcluster.collectives.base import Communicator, Work
+from smolcluster.collectives.shards import Bucket, Piece, pieces_of, views_of
+
+REST = 0  # the unit that is needed throughout: models.partition puts it first
+
+
+class ShardedParameters:
+    """The parameters of a model in buckets, of which this rank owns a part.
+
+    Attributes:
+        buckets: their layout.
+        own: what this rank owns of each bucket, in the parameters' full precision: all of it in stage 0.
+        whole: each bucket as forward sees it; in stage 3 without memory while it is not gathered.
+        pieces: what this rank owns of each parameter.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        buckets: Sequence[Bucket],
+        comm: Communicator,
+        *,
+        is_divided: bool,
+        is_freed: bool,
+        half: torch.dtype | None = None,
+    ) -> None:
+        """Describe; `fill` gives each bucket its values.
+
+        Args:
+            params: those of the model, on the device where they are computed with.
+            buckets: see `plan_shards`.
+            comm: the ranks that share the parameters.
+            is_divided: each rank owns a part; else all of it.
+            is_freed: whole buckets exist only while they are gathered.
+            half: the dtype in which halved buckets are gathered; None: in their own.
+        """
+        self.params = list(params)
+        self.buckets = list(buckets)
+        self.comm = comm
+        self.is_divided = is_divided
+        self.is_freed = is_freed
+        self._half = half
+        self.own: list[Tensor] = []
+        self.whole: list[Tensor] = []
+        self.pieces: list[Piece] = []
+        self._views: list[dict[int, Tensor]] = []
+        self._empty: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def first(self) -> int:
+        """This rank's number if each owns a part, else 0: `first * part` is the first element that it owns."""
+        return self.comm.rank if self.is_divided else 0
+
+    def fill(self, values: Callable[[Bucket], Mapping[int, Tensor]], *, sends_first: bool) -> None:
+        """Lay out all buckets, one after the other, and point the parameters at them.
+
+        Args:
+            values: the parameters of a bucket, by index; asked for bucket after bucket.
+            sends_first: every rank takes rank 0's values. Every rank calls it then; blocks.
+        """
+        for number, bucket in enumerate(self.buckets):
+            device = self.params[bucket.places[0].index].device
+            flat = torch.zeros(self.comm.world_size * bucket.part, dtype=bucket.dtype, device=device)
+            with torch.no_grad():
+                given = values(bucket)
+                for index, view in views_of(bucket, flat).items():
+                    view.copy_(given[index])
+                del given
+            if sends_first:
+                self.comm.broadcast(flat).wait()
+            self._take(number, bucket, flat)
+
+    def _take(self, number: int, bucket: Bucket, flat: Tensor) -> None:
+        dtype = self._half if bucket.halved and self._half is not None and self.is_divided else bucket.dtype
+        own = flat
+        if self.is_divided:
+            own = flat[self.first * bucket.part : (self.first + 1) * bucket.part]
+        whole = flat
+        if self.is_freed or dtype != bucket.dtype:
+            own = own.clone()
+            whole = torch.empty_like(flat, dtype=dtype) if self.is_freed else flat.to(dtype)
+        self.own.append(own)
+        self.whole.append(whole)
+        self.pieces += pieces_of(bucket, number, own, self.first * bucket.part)
+        self._views.append(views_of(bucket, whole))
+        self.install(number)
+        if self.is_freed:
+            self.free(number)
+
+    def install(self, number: int) -> None:
+        """Point the parameters of a bucket at its whole."""
+        for index, view in self._views[number].items():
+            self.params[index].data = view
+
+    def allocate(self, number: int) -> None:
+        """Give the whole bucket memory."""
+        whole = self.whole[number]
+        whole.untyped_storage().resize_(whole.nbytes)
+
+    def free(self, number: int) -> None:
+        """Take the memory of the whole bucket away. Its parameters have no elements until the next `install`.
+
+        What autograd has saved for backward are views of this very storage: they find it filled again by then.
+        """
+        whole = self.whole[number]
+        empty = self._empty.setdefault(whole.dtype, torch.empty(0, dtype=whole.dtype, device=whole.device))
+        for index in self._views[number]:
+            self.params[index].data = empty
+        whole.untyped_storage().resize_(0)
+
+    def of_unit(self, unit: int) -> list[int]:
+        """The numbers of a unit's buckets."""
+        return [number for number, bucket in enumerate(self.buckets) if bucket.unit == unit]
+
+
+class _State(enum.Enum):
+    AWAY = 1
+    COMING = 2
+    HERE = 3
+
+
+class UnitGather:
+    """Gathers units by number; see above. For the thread that computes. Every rank makes the same calls."""
+
+    def __init__(self, shards: ShardedParameters, comm: Communicator) -> None:
+        """Gather over `comm`: the same ranks, and best connections of its own."""
+        self._shards = shards
+        self._comm = comm
+        units = range(max((bucket.unit for bucket in shards.buckets), default=0) + 1)
+        self._numbers = [shards.of_unit(unit) for unit in units]
+        self._state = [_State.AWAY if shards.is_freed else _State.HERE for _ in units]
+        self._coming: list[list[tuple[Work, float]]] = [[] for _ in units]
+        self._held_bytes = 0
+        self.peak_bytes = 0
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return len(self._numbers)
+
+    def expire(self) -> None:
+        """The owners have stepped: what was gathered is old."""
+        for unit in range(self.units):
+            self.free(unit)
+            self._state[unit] = _State.AWAY
+
+    def start(self, unit: int) -> None:
+        """Begin to gather a unit, if it is not there or on its way."""
+        if self._state[unit] is not _State.AWAY:
+            return
+        self._state[unit] = _State.COMING
+        shards = self._shards
+        for number in self._numbers[unit]:
+            whole, own = shards.whole[number], shards.own[number]
+            if shards.is_freed:
+                shards.allocate(number)
+                self._held_bytes += whole.nbytes
+            issued = time.monotonic()
+            self._coming[unit].append((self._comm.all_gather(whole, own.to(whole.dtype)), issued))
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+
+    def need(self, unit: int) -> None:
+        """Return when a unit is there; records the time that this takes.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        if self._state[unit] is _State.HERE:
+            return
+        self.start(unit)
+        works, self._coming[unit] = self._coming[unit], []
+        if not all(work.done() for work, _ in works):
+            start = time.monotonic()
+            for work, _ in works:
+                work.wait()
+            self._comm.telemetry.record("comm_wait", start, time.monotonic(), details={"call": "all_gather"})
+        for work, _ in works:
+            work.wait()  # one that has failed says so here
+        if self._shards.is_freed:
+            for number in self._numbers[unit]:
+                self._shards.install(number)
+        self._state[unit] = _State.HERE
+
+    def free(self, unit: int) -> None:
+        """Let a unit go; one that is on its way is waited for. Without effect where all are kept."""
+        if not self._shards.is_freed or self._state[unit] is _State.AWAY:
+            return
+        self.need(unit)
+        for number in self._numbers[unit]:
+            self._shards.free(number)
+            self._held_bytes -= _length_bytes(self._shards.whole[number])
+        self._state[unit] = _State.AWAY
+
+    def settle(self) -> None:
+        """Wait for all that is on its way."""
+        for unit, state in enumerate(self._state):
+            if state is _State.COMING:
+                self.need(unit)
+
+
+def _length_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class UnitHooks:
+    """Asks for a model's units as forward and backward reach them, each with its neighbour, and lets them go.
+
+    The hooks belong to the modules, so that the model's own code stays as it is. The order is that of the units'
+    numbers; where a model runs through them in another one, the prefetch is of no use and nothing else changes.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], gather: UnitGather, *, frees: bool) -> None:
+        """Hook into `modules`, those of the units 1, 2, … Unit 0 is there from the model's forward until `leave`."""
+        self._gather = gather
+        self._frees = frees
+        self._last = gather.units - 1
+        self._is_backward = False
+        model.register_forward_pre_hook(self._enter)
+        for unit, module in enumerate(modules, start=1):
+            module.register_forward_pre_hook(self._before_forward(unit))
+            module.register_forward_hook(self._after_forward(unit))
+
+    def prefetch(self) -> None:
+        """Begin with what the next forward needs first."""
+        for unit in (REST, REST + 1) if self._frees else range(self._gather.units):
+            if unit <= self._last:
+                self._gather.start(unit)
+
+    def done(self, unit: int) -> None:
+        """Backward has computed all that depends on a unit's parameters."""
+        if self._frees and unit > REST + 1:  # the first unit is what a next micro-batch begins with
+            self._gather.free(unit)
+
+    def leave(self) -> None:
+        """Forward and backward are over: let everything go."""
+        self._is_backward = False
+        if self._frees:
+            for unit in range(self._gather.units):
+                self._gather.free(unit)
+
+    def end_of_backward(self) -> None:
+        """A backward is over and a forward with the same weights follows: what both need is kept."""
+        self._is_backward = False
+        if self._frees:
+            for unit in range(2, self._gather.units):
+                self._gather.free(unit)
+
+    def _enter(self, _module: nn.Module, _args: object) -> None:
+        self._is_backward = False
+        self._gather.start(REST)
+        if self._last > REST:
+            self._gather.start(REST + 1)
+        self._gather.need(REST)
+
+    def _before_forward(self, unit: int) -> Callable[[nn.Module, object], None]:
+        def before(_module: nn.Module, _args: object) -> None:
+            self._gather.need(unit)
+            # A checkpointed unit runs forward once more within backward, which goes the other way.
+            if unit < self._last and not self._is_backward:
+                self._gather.start(unit + 1)
+
+        return before
+
+    def _after_forward(self, unit: int) -> Callable[[nn.Module, object, Any], None]:
+        def after(_module: nn.Module, _args: object, output: Any) -> None:
+            if self._is_backward:
+                return
+            outputs = [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            for tensor in outputs:
+                tensor.register_hook(self._before_backward(unit))  # type: ignore[no-untyped-call]
+            if self._frees and not (unit == self._last and outputs):  # backward begins with the last
+                self._gather.free(unit)
+
+        return after
+
+    def _before_backward(self, unit: int) -> Callable[[Tensor], None]:
+        def before(_grad: Tensor) -> None:
+            self._is_backward = True
+            self._gather.need(unit)
+            if unit > REST + 1:
+                self._gather.start(unit - 1)
+
+        return before

@@ -1,0 +1,340 @@
+"""Gradients summed into the parts that the ranks own, while backward computes the rest.
+
+Where gradients are kept whole (stages 0 and 1), micro-batches add up in flat buckets, which leave during the backward
+of the last one. Where each rank keeps its own part only (stages 2 and 3), the gradients of every micro-batch leave, and
+the parts add up; a bucket's whole gradient exists only until it has left.
+
+One step, as an algorithm sees it:
+
+    gradients.begin(step)             a free set of gradients
+    gradients.arm(); ... .flush()     around the backward of each micro-batch whose gradients leave
+    due = gradients.end()             the step's gradients on their way
+    due.wait(); due.install()         now, or K steps later: the optimizer's parameters have their gradient
+
+Buckets leave in the order of the layout, never in that of the hooks, so that all ranks issue the same operations.
+Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, sections 5.2 and 7.1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smolcluster.collectives.base import Codec, Communicator, Work
+from smolcluster.collectives.gather import ShardedParameters
+from smolcluster.collectives.shards import Placed
+from smolcluster.errors import ConfigError
+from smolcluster.telemetry import BUCKETS
+
+# Whole buckets of gradients that exist at once where ranks keep parts only: one that is filled, one that leaves.
+BUCKETS_IN_FLIGHT = 2
+
+
+@dataclass(slots=True)
+class _Leaving:
+    """A bucket on its way."""
+
+    number: int
+    step: int
+    work: Work
+    nbytes: int
+    issued: float
+    ended: float | None = None
+    buffer: Tensor | None = None  # a whole bucket that is not kept
+    addend: Tensor | None = None  # the sum over the ranks, to be added to this rank's part
+
+    def note_end(self, _work: Work) -> None:
+        self.ended = time.monotonic()
+
+
+class ShardedGradients:
+    """The gradients of one model on one rank. Hooks run on autograd's thread while its caller waits for it."""
+
+    def __init__(
+        self,
+        shards: ShardedParameters,
+        comm: Communicator,
+        *,
+        keeps_whole: bool,
+        codec: Codec | None = None,
+        sets: int = 1,
+        on_done: Callable[[int], None] | None = None,
+    ) -> None:
+        """Register the hooks.
+
+        Args:
+            shards: the parameters, and who owns what of them: with all of them owned by all, sums go to all.
+            comm: sums the buckets.
+            keeps_whole: whole gradients are kept and leave once a step; else this rank's parts.
+            codec: what goes over the wire instead of the gradients' own bytes.
+            sets: steps that may be under way at once (K + 1).
+            on_done: called with the number of a unit when backward has computed all its gradients.
+        """
+        self._shards = shards
+        self._comm = comm
+        self._keeps_whole = keeps_whole
+        self._codec = codec
+        self._on_done = on_done
+        self._params = shards.params
+        self._numbers = [number for number, bucket in enumerate(shards.buckets) if bucket.trained]
+        self._place = {place.index: (n, place) for n in self._numbers for place in shards.buckets[n].places}
+        # Parameters of each unit: frozen ones never get a gradient, so where there are such, none knows when backward
+        # has done with them.
+        self._units: dict[int, int] = {}
+        for bucket in shards.buckets:
+            self._units[bucket.unit] = self._units.get(bucket.unit, 0) + len(bucket.places)
+        self._sets = [self._new_set() for _ in range(sets)]
+        self._step = 0
+        self._is_armed = False
+        self._leaving: deque[_Leaving] = deque()
+        self._filling: dict[int, Tensor] = {}  # whole buckets that are not kept
+        self._spare: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._lent: set[int] = set()  # where buckets lie that are autograd's own tensors
+        self._previous_end = 0.0
+        sizes = [self._length(number) * shards.own[number].element_size() for number in self._numbers]
+        self._limit_bytes = BUCKETS_IN_FLIGHT * max(sizes, default=0) * sets
+        self._whole_bytes = 0
+        self.peak_bytes = 0  # of whole buckets that are not kept
+        for index in self._place:
+            self._params[index].register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """The memory of all sets."""
+        return [tensor for kept in self._sets for tensor in kept.values()]
+
+    def begin(self, step: int) -> None:
+        """Open a step. The set that it uses is that of step - sets, which must be applied by now."""
+        self._step = step
+        self._set = self._sets[step % len(self._sets)]
+        self._has_grad = [False] * len(self._params)  # in any micro-batch of this step
+        self._has_sum = dict.fromkeys(self._numbers, False)  # a part that the next sum is added to
+        self._overflowed: Tensor | None = None
+        self._is_armed = False
+        self._open()
+
+    def arm(self) -> None:
+        """From now on buckets leave as soon as they are complete."""
+        self._is_armed = True
+
+    def flush(self) -> None:
+        """End the backward of a micro-batch; after `arm`, what has got no gradient leaves as zeros."""
+        if self._is_armed:
+            for number in self._numbers:
+                for place in self._shards.buckets[number].places:
+                    if not self._taken[place.index]:
+                        self._take(place.index)
+        self._is_armed = False
+        self._open()
+
+    def end(self) -> StepShards:
+        """The step's gradients, all of which are on their way."""
+        return StepShards(self, self._step, self._set, self._has_grad, self._overflowed)
+
+    def restore(self, step: int, has_grad: list[bool]) -> tuple[StepShards, dict[int, Tensor]]:
+        """A step as a checkpoint has it, and this rank's parts of its gradients by bucket, zeros to be filled."""
+        own = self._sets[step % len(self._sets)]
+        for tensor in own.values():
+            tensor.zero_()
+        return StepShards(self, step, own, has_grad, None), {n: self._own_part(own, n) for n in self._numbers}
+
+    def collect(self, step: int) -> None:
+        """Wait for all buckets of `step` and those before it."""
+        while self._leaving and self._leaving[0].step <= step:
+            self._collect_oldest()
+
+    # ---- hooks
+
+    def _hook(self, index: int) -> Callable[[Tensor], None]:
+        def take(_param: Tensor) -> None:
+            self._take(index)
+
+        return take
+
+    def _open(self) -> None:
+        self._taken = [False] * len(self._params)
+        self._missing = {n: len(self._shards.buckets[n].places) for n in self._numbers}
+        self._missing_of_unit = dict(self._units)
+        self._next = 0
+
+    def _take(self, index: int) -> None:
+        """Move a parameter's gradient to its bucket; every bucket that is full with all before it leaves."""
+        if self._taken[index]:
+            raise ConfigError(
+                f"parameter {index} of shape {tuple(self._params[index].shape)} received a gradient twice in one "
+                f"backward. Use activation checkpointing with use_reentrant=False."
+            )
+        self._taken[index] = True
+        number, place = self._place[index]
+        param = self._params[index]
+        grad, param.grad = param.grad, None
+        if self._keeps_whole:
+            self._put(self._set[number], place, grad, adds=self._has_grad[index])
+        elif not self._use_as_bucket(number, grad):
+            if number not in self._filling:
+                self._filling[number] = self._buffer(number)
+            self._put(self._filling[number], place, grad, adds=False)
+        self._has_grad[index] = self._has_grad[index] or grad is not None
+        self._missing[number] -= 1
+        unit = self._shards.buckets[number].unit
+        self._missing_of_unit[unit] -= 1
+        if self._missing_of_unit[unit] == 0 and self._on_done is not None:
+            self._on_done(unit)
+        if not self._is_armed:
+            return
+        while self._next < len(self._numbers) and self._missing[self._numbers[self._next]] == 0:
+            self._next += 1
+            self._send(self._numbers[self._next - 1])
+
+    @staticmethod
+    def _put(flat: Tensor, place: Placed, grad: Tensor | None, *, adds: bool) -> None:
+        view = flat[place.offset : place.offset + place.numel].view(place.shape)
+        if grad is None:
+            if not adds:
+                view.zero_()
+        elif adds:
+            view.add_(grad)
+        else:
+            view.copy_(grad)
+
+    def _use_as_bucket(self, number: int, grad: Tensor | None) -> bool:
+        """A gradient that fills its bucket alone need not be copied."""
+        own = self._shards.own[number]
+        if grad is None or grad.numel() != self._length(number) or grad.dtype != own.dtype or not grad.is_contiguous():
+            return False
+        storage = grad.untyped_storage()
+        if storage.data_ptr() in self._lent or storage.nbytes() != grad.nbytes:
+            return False  # parameters that were added to each other get the same memory as gradient
+        self._make_room(grad.nbytes)
+        self._lent.add(storage.data_ptr())
+        self._filling[number] = grad.view(-1)
+        return True
+
+    def _send(self, number: int) -> None:
+        flat = self._set[number] if self._keeps_whole else self._filling.pop(number)
+        if self._codec is not None:
+            # A codec may turn what is not finite into numbers, so each rank says so before it encodes.
+            overflowed = ~torch.isfinite(flat.sum())
+            self._overflowed = overflowed if self._overflowed is None else self._overflowed | overflowed
+        addend: Tensor | None = None
+        issued = time.monotonic()
+        if not self._shards.is_divided:
+            work = self._comm.all_reduce(flat, codec=self._codec)
+        else:
+            own = self._own_part(self._set, number)
+            if self._has_sum[number]:
+                own = addend = torch.empty_like(own)
+            self._has_sum[number] = not self._keeps_whole
+            work = self._comm.reduce_scatter(own, flat, codec=self._codec)
+        buffer = None if self._keeps_whole else flat
+        leaving = _Leaving(number, self._step, work, flat.nbytes, issued, buffer=buffer, addend=addend)
+        work.add_done_callback(leaving.note_end)
+        self._leaving.append(leaving)
+
+    def _collect_oldest(self) -> None:
+        leaving = self._leaving.popleft()
+        telemetry = self._comm.telemetry
+        start = time.monotonic()
+        is_done = leaving.work.done()
+        leaving.work.wait()
+        end = time.monotonic()
+        if not is_done:
+            call = "reduce_scatter" if self._shards.is_divided else "all_reduce"
+            telemetry.record("comm_wait", start, end, leaving.step, details={"call": call})
+        self._record(leaving, end)
+        if leaving.addend is not None:
+            self._own_part(self._sets[leaving.step % len(self._sets)], leaving.number).add_(leaving.addend)
+        if leaving.buffer is not None:
+            self._whole_bytes -= leaving.buffer.nbytes
+            if leaving.buffer.data_ptr() in self._lent:
+                self._lent.remove(leaving.buffer.data_ptr())
+            else:
+                self._spare.setdefault((leaving.buffer.numel(), leaving.buffer.dtype), []).append(leaving.buffer)
+
+    def _record(self, leaving: _Leaving, end: float) -> None:
+        details: dict[str, int | str] = {"bucket": leaving.number, "bytes": leaving.nbytes}
+        if leaving.work.call_id is not None:
+            details["group"], details["sequence"] = leaving.work.call_id
+        name = "reduce_scatter" if self._shards.is_divided else "all_reduce"
+        started = max(leaving.issued, self._previous_end)  # one runs after the other
+        ended = self._previous_end = max(started, end if leaving.ended is None else leaving.ended)
+        self._comm.telemetry.record(name, started, ended, leaving.step, track=BUCKETS, details=details)
+
+    # ---- memory
+
+    def _new_set(self) -> dict[int, Tensor]:
+        """One step's gradients: whole buckets, or this rank's parts of them."""
+        own = self._shards.own
+        length = {n: self._length(n) if self._keeps_whole else own[n].numel() for n in self._numbers}
+        return {n: torch.zeros(length[n], dtype=own[n].dtype, device=own[n].device) for n in self._numbers}
+
+    def _own_part(self, kept: dict[int, Tensor], number: int) -> Tensor:
+        part, first = self._shards.buckets[number].part, self._shards.first
+        if self._keeps_whole and self._shards.is_divided:
+            return kept[number][first * part : (first + 1) * part]
+        return kept[number]
+
+    def _length(self, number: int) -> int:
+        return self._comm.world_size * self._shards.buckets[number].part
+
+    def _buffer(self, number: int) -> Tensor:
+        """Memory for a whole bucket, its padding zero."""
+        own, length = self._shards.own[number], self._length(number)
+        self._make_room(length * own.element_size())
+        spare = self._spare.get((length, own.dtype))
+        buffer = spare.pop() if spare else torch.empty(length, dtype=own.dtype, device=own.device)
+        buffer[self._shards.buckets[number].used :].zero_()
+        return buffer
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._leaving and self._whole_bytes + nbytes > self._limit_bytes:
+            self._collect_oldest()
+        self._whole_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self._whole_bytes)
+
+
+class StepShards:
+    """One step's gradients on their way to the parts that this rank owns.
+
+    Attributes:
+        step: the step's number.
+        has_grad: for each parameter, whether it got a gradient on this rank.
+    """
+
+    def __init__(
+        self,
+        gradients: ShardedGradients,
+        step: int,
+        kept: dict[int, Tensor],
+        has_grad: list[bool],
+        overflowed: Tensor | None,
+    ) -> None:
+        self.step = step
+        self.has_grad = has_grad
+        self._gradients = gradients
+        self._kept = kept
+        self._overflowed = overflowed
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether a gradient of this rank was not finite; known only where a codec could hide it."""
+        return self._overflowed is not None and bool(self._overflowed)
+
+    def wait(self) -> None:
+        """Block until this rank's parts are summed over all ranks.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        self._gradients.collect(self.step)
+
+    def grads(self) -> list[Tensor]:
+        """The gradient of each of this rank's trained pieces, as a view."""
+        gradients = self._gradients
+        pieces = [piece for piece in gradients._shards.pieces if piece.param.requires_grad]
+        return [piece.of(gradients._own_part(self._kept, piece.bucket)) for piece in pieces]
