@@ -22,9 +22,11 @@ MAX_SPANS = 10_000
 # About 400 bytes each in memory, 200 in the file: 10 000 steps of a small model.
 MAX_TRACE_EVENTS = 500_000
 
-# Rows of a trace: what the training thread does, the buckets or pushes on their way, what the loader's thread does.
+# Rows of a trace: what the training thread does, the buckets of gradients, the parameters or the pushes on their way,
+# what the loader's thread does.
 COMPUTE = "compute"
 BUCKETS = "buckets"
+GATHERS = "gathers"
 PUSHES = "pushes"
 LOADER = "loader"
 

@@ -20,6 +20,7 @@ from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.collectives.local import LocalCommunicator, LocalGroup
 from smolcluster.data.batch import Batch
 from smolcluster.errors import CollectiveMismatch, ConfigError, TrainingStopped
+from smolcluster.models.checkpointing import checkpoint_activations
 from smolcluster.training.optim import optimizer_factory
 from smolcluster.training.step import LossScaler
 
@@ -75,6 +76,16 @@ def test_active_clipping_equals_single(precision: str) -> None:
 def test_delayed_gradients_equal_single_with_the_same_staleness_bound(delay: int, precision: str) -> None:
     case = Case(precision=precision, shares=(3.0, 1.0)).with_options(staleness_bound=delay, grad_clip_norm=0.5)
     check_equal(run_single(case), run_classicdp(case, 2), precision)
+
+
+def test_activation_checkpointing_equals_single_without_it() -> None:
+    def build(seed: int) -> nn.Module:
+        model = build_gpt(seed)
+        assert checkpoint_activations(model) == 2
+        return model
+
+    case = Case(micro_batches=2)
+    check_equal(run_single(case), run_classicdp(replace(case, build=build), 2), "fp64")
 
 
 def test_delayed_gradients_give_other_numbers_than_immediate_ones() -> None:

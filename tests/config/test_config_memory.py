@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from smolcluster.config import memory
 from smolcluster.config.load import check_file, load_config
 from smolcluster.config.memory import GIB, MemoryEstimate, estimate_memory, model_sizes
 from smolcluster.config.schema import Config
 from smolcluster.models.build import build_model
+from smolcluster.models.checkpointing import checkpoint_activations
 
 
 def parameter_count(found: Config) -> int | None:
@@ -200,6 +204,57 @@ def test_the_activations_are_about_what_torch_keeps(dropout: float, tokens: int)
     assert estimate is not None
     # An estimate: right about what to expect, not to the byte.
     assert 0.7 < estimate.activations / sum(kept.values()) < 1.5
+
+
+class AtOnce(TorchDispatchMode):
+    """Bytes that torch has made and not freed, now and at most; without those of the tensors that are counted apart."""
+
+    def __init__(self, apart: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._apart = {tensor.untyped_storage()._cdata for tensor in apart}
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._apart or key in self._alive:
+            return
+
+        def forget(_reference: object) -> None:
+            self.now -= nbytes
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize(("layers", "tokens", "dropout"), [(6, 128, 0.0), (6, 128, 0.1), (12, 32, 0.0)])
+def test_with_checkpointing_they_are_about_what_torch_has_at_once(layers: int, tokens: int, dropout: float) -> None:
+    sizes = {"vocab_size": 64, "model_dim": 64, "ff_dim": 256, "max_seq_len": tokens, "num_layers": layers}
+    found = config(
+        {**SMALL_GPT, **sizes, "dropout": dropout}, training={"batch_size": 8, "activation_checkpointing": True}
+    )
+    module = build_model(found.model, seed=0, vocab_size=64)
+    checkpoint_activations(module)
+    params = list(module.parameters())
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    grads = [param.grad for param in params if param.grad is not None]
+    inputs, targets = torch.zeros(8, tokens, dtype=torch.int64), torch.zeros(8 * tokens, dtype=torch.int64)
+    with AtOnce(params + grads) as memory_of_torch:
+        torch.nn.functional.cross_entropy(module(inputs).flatten(0, 1), targets).backward()
+    estimate = estimate_memory(found, 1)
+    assert estimate is not None
+    # The same bounds as above.
+    assert 0.7 < estimate.activations / memory_of_torch.peak < 1.5
 
 
 # --- the warning

@@ -136,7 +136,7 @@ def test_a_step_is_split_into_micro_batches_as_equal_as_can_be(
         sizes = [batch.samples for batch in step]
         expected = len(sampler.rank_indices(last, rank))
         assert sum(sizes) == expected
-        assert len(sizes) == max(1, min(micro_batches, expected))
+        assert len(sizes) == micro_batches
         assert max(sizes) - min(sizes) <= 1
 
 

@@ -163,6 +163,25 @@ def test_unequal_shares_over_gloo_equal_one_process(single: Run, tmp_path: Path)
     assert (run.out, run.err) == ("", "")
 
 
+def test_activation_checkpointing_changes_no_loss(tmp_path: Path) -> None:
+    runs = [
+        train_gpt(tmp_path / str(value), "--override", f"training.activation_checkpointing={value}")
+        for value in ("false", "true")
+    ]
+    assert [run.code for run in runs] == [0, 0], [run.err for run in runs]
+    # The same bits, although dropout draws random numbers: those of the forward pass are drawn again.
+    assert runs[0].losses() == runs[1].losses()
+    assert len(runs[1].losses()) == 5
+    assert runs[0].summary["weights_sha256"] == runs[1].summary["weights_sha256"]
+
+
+def train_gpt(folder: Path, *arguments: str) -> Run:
+    options = ["--preset", "classicdp_gpt", "--local", "2", "--max-steps", "5", "--override", "model.dropout=0.1"]
+    process = start("train", *options, "--override", "training.device=cpu", "--out", str(folder), *arguments)
+    out, err = process.communicate(timeout=100)
+    return Run(process.returncode, out, err, folder)
+
+
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:

@@ -30,7 +30,6 @@ def make_config(**sections: Any) -> Config:
         ({"algorithm": "edp", "data": {"streaming": True}}, "a stream cannot be read at any place"),
         ({"algorithm": "edp", "cluster": {"min_ranks": 4}}, "min_ranks is 4; with 3 ranks, the server among them"),
         ({"cluster": {"min_ranks": 2}}, "cluster.min_ranks below 3 ranks"),
-        ({"training": {"activation_checkpointing": True}}, "training.activation_checkpointing"),
     ],
 )
 def test_what_comes_later_is_refused_by_name_instead_of_ignored(sections: dict[str, Any], names: str) -> None:

@@ -51,6 +51,7 @@ from smolcluster.training.sharded import (
     make_shards,
     pending_shards,
     sharded_state,
+    squares_of,
     sum_totals,
 )
 from smolcluster.training.step import (
@@ -65,7 +66,6 @@ from smolcluster.training.step import (
     evaluate_batch,
     filled,
     forward_backward,
-    gradient_norm,
     is_applicable,
     scale_gradients,
 )
@@ -162,6 +162,7 @@ class FSDP:
         self._skip_nonfinite = skip_nonfinite
         self._scaler = LossScaler() if precision == "fp16" else None
         self._under_way: deque[_StepUnderWay] = deque()
+        self._norms: deque[dict[str, float]] = deque(maxlen=staleness_bound + 1)
         self._step = 0
         self._is_stop_requested = False
 
@@ -228,14 +229,12 @@ class FSDP:
         """Wait for this rank's part of the sum, agree on its norm, clip, step, and let all have the new parameters."""
         due.gradients.wait()
         grads = due.gradients.grads()
-        # Every element is owned once, in stage 0 by every rank: squares of norms add up to that of the global norm.
-        owners = 1 if self._shards.is_divided else self._comm.world_size
-        squares = gradient_norm(grads) ** 2 / owners
-        sums = sum_totals(due.own, due.gradients, squares, self._comm)
+        # Each element is owned once (in stage 0 by all): the squares of all owners' norms add up to the global norm's.
+        sums = sum_totals(due.own, due.gradients, squares_of(self._pieces, grads, self._shards), self._comm)
         step = due.gradients.step
         loss = sums.loss_sum / max(sums.count, 1)
         correction = due.planned / max(sums.count, 1) / due.loss_scale
-        grad_norm = math.inf if sums.nonfinite else math.sqrt(sums.squares) * correction
+        grad_norm = math.inf if sums.nonfinite else math.sqrt(sum(sums.squares)) * correction
         scale_gradients(grads, grad_norm, self._grad_clip_norm, correction)
         for piece, grad in zip(self._pieces, grads, strict=True):
             # Where no rank has a gradient, plain PyTorch has none either, and AdamW then decays nothing.
@@ -254,7 +253,9 @@ class FSDP:
             skip_nonfinite=self._skip_nonfinite,
         )
         if is_applied:
+            self._gather.settle()  # what is being sent must not change
             self._optimizer.step()
+            self._norms.append({self._names[i]: math.sqrt(s) * correction for i, s in enumerate(sums.squares) if s > 0})
             if self._stage >= 1:
                 self._gather.expire()
         # Stages 1 and 2: all parameters; stage 3: the first unit. While the next batch is made, and its forward begins.
@@ -281,6 +282,20 @@ class FSDP:
         """Vote for stopping, with the next step's sums; from any thread."""
         self._is_stop_requested = True
 
+    @property
+    def holds_whole_model(self) -> bool:
+        """Whether `model` has all parameters, in their full precision."""
+        return not self._shards.is_freed and not self._shards.is_halved
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the whole model has, tied ones once."""
+        return sum(bucket.used for bucket in self._shards.buckets)
+
+    def take_gradient_norms(self) -> dict[str, float] | None:
+        """The norm of each parameter's gradient before clipping, of the oldest update not asked for; None: no more."""
+        return self._norms.popleft() if self._norms else None
+
     def whole_parameter(self, name: str) -> Tensor | None:
         """A parameter as it is now, in its shape, on rank 0; None elsewhere. Every rank calls it; blocks.
 
@@ -303,7 +318,7 @@ class FSDP:
         waiting = []
         for item in self._under_way:
             item.gradients.wait()
-            sums = sum_totals(item.own, item.gradients, 0.0, self._comm)
+            sums = sum_totals(item.own, item.gradients, [0.0] * len(self._names), self._comm)
             waiting.append(
                 PendingShards(item.gradients.step, sums, item.planned, item.loss_scale, item.gradients.grads())
             )

@@ -1,9 +1,9 @@
-"""Training, ours against torch's DistributedDataParallel: alternating, in the same processes, on the same batches.
+"""Training, ours against torch's DistributedDataParallel or fully_shard: in the same processes, on the same batches.
 
-Each rank is a process that holds every contestant: our strategy as `smolcluster train` builds it, DDP, and both once
-more without communication. A block is some updates of one of them in a row, after some that are not counted; its time
-is that of the slowest rank. The order within a pair of blocks is turned round from pair to pair. While one trains, the
-threads of the others sleep.
+Each rank is a process that holds every contestant: our strategy as `smolcluster train` builds it, torch's, and both
+once more without communication. A block is some updates of one of them in a row, after some that are not counted; its
+time is that of the slowest rank. The order within a pair of blocks is turned round from pair to pair. While one
+trains, the threads of the others sleep.
 
 The ratio is the median over pairs of ours / theirs in tokens/s, with a bootstrap interval over the pairs.
 """
@@ -22,13 +22,13 @@ from smolcluster.errors import ClusterError, ConfigError
 from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.run.support import check_supported, rank_weights
 
-COMPETITORS = ("ddp", "single")
-LATER_COMPETITORS = {"fully_shard": "fsdp", "torch_pipelining": "pipelines"}
+COMPETITORS = ("ddp", "fully_shard", "single")
+LATER_COMPETITORS = {"torch_pipelining": "pipelines"}
 PAIRS = 20
 WARMUP_STEPS = 2
 EXPOSED = (
-    "time of a step, less that of the same step of the same processes at the same time without communication; DDP: "
-    "under no_sync, ours: each rank a world of its own"
+    "time of a step, less that of the same step of the same processes at the same time without communication; ddp: "
+    "under no_sync, fully_shard: each rank a mesh of its own, ours: each rank a world of its own"
 )
 
 
@@ -41,9 +41,9 @@ class Options:
         pairs: blocks of each contestant.
         steps: updates of a block; None: so many as take about a second.
         warmup_steps: updates before each block that are not counted.
-        congestion: "equal" gives DDP's sockets the congestion control that ours choose on loopback, "default" leaves
+        congestion: "equal" gives torch's sockets the congestion control that ours choose on loopback, "default" leaves
             all as they are.
-        exposed: measure how much of the communication shows; takes twice as long. With ddp only.
+        exposed: measure how much of the communication shows; takes twice as long. Not with single.
     """
 
     against: str | None = None
@@ -93,6 +93,7 @@ class Measurement:
         congestion: congestion control of all sockets, or "each its own".
         parameters: of the model.
         losses: of each contestant's last update: equal up to rounding, or they did not train the same.
+        sent_bytes: `link/sent_bytes` of each rank in the end: all that our side has sent, from the first frame on.
     """
 
     pairs: Sequence[Pair]
@@ -100,6 +101,7 @@ class Measurement:
     congestion: str
     parameters: int
     losses: JsonObject
+    sent_bytes: Sequence[float] = ()
 
 
 def bench_train(config: Config, world_size: int, options: Options) -> JsonObject:
@@ -139,6 +141,8 @@ def measure_training(
     """
     check_competitor(options.against)
     check_supported(config, world_size)
+    if options.against == "fully_shard" and config.algorithm != "fsdp":
+        raise ConfigError(f"--against fully_shard is for --algorithm fsdp, not {config.algorithm}. Use ddp or single")
     rank_weights(config, [f"rank{rank}" for rank in range(world_size)])
     job: JsonObject = {
         "config": config.model_dump(mode="json"),
@@ -162,6 +166,7 @@ def measure_training(
         congestion=str(result["congestion"]),
         parameters=cast("int", result["parameters"]),
         losses=cast("JsonObject", result["losses"]),
+        sent_bytes=[cast("float", result["sent_bytes"]) for result in results],
     )
 
 
@@ -171,7 +176,7 @@ def check_competitor(against: str | None) -> None:
     Raises:
         ConfigError: with those that are.
     """
-    known = " or ".join(COMPETITORS)
+    known = f"{', '.join(COMPETITORS[:-1])} or {COMPETITORS[-1]}"
     if against in LATER_COMPETITORS:
         algorithm = LATER_COMPETITORS[against]
         raise ConfigError(f"--against {against} comes with {algorithm} in a later release. Use {known}")

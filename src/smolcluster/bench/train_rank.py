@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -29,6 +29,10 @@ from smolcluster.run.build import Parts, assemble, prepare
 from smolcluster.run.connect import alone, join_torch
 from smolcluster.training.step import count_targets
 from smolcluster.training.strategy import Strategy
+
+if TYPE_CHECKING:
+    from smolcluster.bench.ddp import DdpTraining
+    from smolcluster.bench.fully_shard import FullyShardTraining
 
 # Made before the first block and used again and again: loading costs nobody time.
 KEPT_STEPS = 16
@@ -93,9 +97,9 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
         steps_of_data = [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, ours.steps))]
     contestants = {"ours": Contestant(_strategy_step(ours.strategy))}
     against = cast("str | None", job["against"])
-    with_ddp = against == "ddp"
-    if with_ddp:
-        _add_ddp(contestants, job, parts, initial, comm)
+    with_torch = against in ("ddp", "fully_shard")
+    if with_torch:
+        _add_torch(contestants, job, parts, initial, comm)
     elif against == "single":
         single = replace(parts, model=copy.deepcopy(initial), config=config.model_copy(update={"algorithm": "single"}))
         step = _strategy_step(assemble(single, alone()).strategy)
@@ -112,38 +116,50 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
         seconds_and_tokens = {name: blocks.run(contestants[name], steps) for name in order}
         pairs.append({name: [*seconds_and_tokens[name]] for name in contestants})
     losses = {name: _mean(comm.exchange(contestant.loss)) for name, contestant in contestants.items()}
-    if with_ddp:
+    sent_bytes = comm.telemetry.counter("link/sent_bytes")
+    if with_torch:
         comm.barrier()
         torch.distributed.destroy_process_group()
     return {
         "pairs": [*pairs],
         "steps": steps,
         "congestion": congestion,
-        "parameters": sum(param.numel() for param in parts.model.parameters()),
+        "parameters": sum(param.numel() for param in initial.parameters()),  # ours may hold none between steps
         "losses": cast("JsonObject", losses),
+        "sent_bytes": sent_bytes,
     }
 
 
-def _add_ddp(
+def _add_torch(
     contestants: dict[str, Contestant], job: JsonObject, parts: Parts, initial: torch.nn.Module, comm: Communicator
 ) -> None:
-    from smolcluster.bench.ddp import DdpTraining
-
-    config = parts.config
+    """torch's side; and, where exposed communication is asked for, both sides once more without communication."""
+    config, against = parts.config, str(job["against"])
     torch.distributed.init_process_group(
         "nccl" if config.backend == "nccl" else "gloo",
-        init_method=f"{job['meeting']}-ddp",
+        init_method=f"{job['meeting']}-{against}",
         rank=comm.rank,
         world_size=comm.world_size,
     )
-    ddp = DdpTraining(copy.deepcopy(initial), config, parts.device)
-    contestants["against"] = Contestant(ddp.train_step)
+    make = _torch_training(against)
+    contestants["against"] = Contestant(make(copy.deepcopy(initial), config, parts.device).train_step)
     if not job["exposed"]:
         return
-    ddp_alone = DdpTraining(copy.deepcopy(initial), config, parts.device, communicates=False)
     ours_alone = assemble(replace(parts, model=copy.deepcopy(initial)), alone())
+    against_alone = make(copy.deepcopy(initial), config, parts.device, communicates=False)
     contestants["ours_alone"] = Contestant(_strategy_step(ours_alone.strategy))
-    contestants["against_alone"] = Contestant(ddp_alone.train_step)
+    contestants["against_alone"] = Contestant(against_alone.train_step)
+
+
+def _torch_training(against: str) -> type[DdpTraining] | type[FullyShardTraining]:
+    """What trains with torch: a class of model, configuration and device, with a train_step."""
+    if against == "ddp":
+        from smolcluster.bench.ddp import DdpTraining
+
+        return DdpTraining
+    from smolcluster.bench.fully_shard import FullyShardTraining
+
+    return FullyShardTraining
 
 
 def _strategy_step(strategy: Strategy) -> Callable[[Sequence[Batch]], float | None]:

@@ -38,7 +38,10 @@ def train(
     algorithm: Algorithm = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="ddp|single", help="torch's DistributedDataParallel over gloo, or one process by itself."),
+        typer.Option(
+            metavar="ddp|fully_shard|single",
+            help="torch's DistributedDataParallel or, with fsdp, fully_shard over gloo, or one process by itself.",
+        ),
     ] = None,
     preset: Preset = None,
     config: ConfigFiles = None,

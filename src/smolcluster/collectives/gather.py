@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.utils import _pytree
 
 from smolcluster.collectives.base import Communicator, Work
 from smolcluster.collectives.shards import Bucket, Piece, pieces_of, views_of
+from smolcluster.telemetry import GATHERS
+from smolcluster.transport.tensors import alias_of
 
 REST = 0  # the unit that is needed throughout: models.partition puts it first
 
@@ -69,6 +72,11 @@ class ShardedParameters:
         self.pieces: list[Piece] = []
         self._views: list[dict[int, Tensor]] = []
         self._empty: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether forward sees some parameters in half precision."""
+        return self._half is not None and self.is_divided and any(bucket.halved for bucket in self.buckets)
 
     @property
     def first(self) -> int:
@@ -143,6 +151,19 @@ class _State(enum.Enum):
     HERE = 3
 
 
+@dataclass(slots=True)
+class _Coming:
+    """A bucket that is being gathered."""
+
+    number: int
+    work: Work
+    issued: float
+    ended: float | None = None
+
+    def note_end(self, _work: Work) -> None:
+        self.ended = time.monotonic()
+
+
 class UnitGather:
     """Gathers units by number; see above. For the thread that computes. Every rank makes the same calls."""
 
@@ -153,7 +174,8 @@ class UnitGather:
         units = range(max((bucket.unit for bucket in shards.buckets), default=0) + 1)
         self._numbers = [shards.of_unit(unit) for unit in units]
         self._state = [_State.AWAY if shards.is_freed else _State.HERE for _ in units]
-        self._coming: list[list[tuple[Work, float]]] = [[] for _ in units]
+        self._coming: list[list[_Coming]] = [[] for _ in units]
+        self._previous_end = 0.0
         self._held_bytes = 0
         self.peak_bytes = 0
 
@@ -179,8 +201,12 @@ class UnitGather:
             if shards.is_freed:
                 shards.allocate(number)
                 self._held_bytes += whole.nbytes
+            # Not `whole` itself: who sends a tensor's bytes makes it keep its memory for good.
+            target = alias_of(whole) if shards.is_freed and whole.is_cpu else whole
             issued = time.monotonic()
-            self._coming[unit].append((self._comm.all_gather(whole, own.to(whole.dtype)), issued))
+            coming = _Coming(number, self._comm.all_gather(target, own.to(whole.dtype)), issued)
+            coming.work.add_done_callback(coming.note_end)
+            self._coming[unit].append(coming)
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
 
     def need(self, unit: int) -> None:
@@ -192,18 +218,28 @@ class UnitGather:
         if self._state[unit] is _State.HERE:
             return
         self.start(unit)
-        works, self._coming[unit] = self._coming[unit], []
-        if not all(work.done() for work, _ in works):
-            start = time.monotonic()
-            for work, _ in works:
-                work.wait()
-            self._comm.telemetry.record("comm_wait", start, time.monotonic(), details={"call": "all_gather"})
-        for work, _ in works:
-            work.wait()  # one that has failed says so here
+        coming, self._coming[unit] = self._coming[unit], []
+        start = time.monotonic()
+        is_late = not all(item.work.done() for item in coming)
+        for item in coming:
+            item.work.wait()
+        end = time.monotonic()
+        if is_late:
+            self._comm.telemetry.record("comm_wait", start, end, details={"call": "all_gather"})
+        for item in coming:
+            self._record(item, end)
         if self._shards.is_freed:
             for number in self._numbers[unit]:
                 self._shards.install(number)
         self._state[unit] = _State.HERE
+
+    def _record(self, item: _Coming, end: float) -> None:
+        details: dict[str, int | str] = {"bucket": item.number, "bytes": _length_bytes(self._shards.whole[item.number])}
+        if item.work.call_id is not None:
+            details["group"], details["sequence"] = item.work.call_id
+        started = max(item.issued, self._previous_end)  # one runs after the other
+        ended = self._previous_end = max(started, end if item.ended is None else item.ended)
+        self._comm.telemetry.record("all_gather", started, ended, track=GATHERS, details=details)
 
     def free(self, unit: int) -> None:
         """Let a unit go; one that is on its way is waited for. Without effect where all are kept."""

@@ -51,13 +51,13 @@ class ModelSizes:
         parameters: all of them, tied ones once.
         experts: those of them that belong to experts, which `ep` spreads over the ranks.
         kept: values that the backward pass needs, of one sample.
-        boundaries: values between the layers, of one sample: all that checkpointing keeps.
+        checkpointed: values that backward has at once with activation checkpointing, of one sample.
     """
 
     parameters: int
     experts: int
     kept: int
-    boundaries: int
+    checkpointed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +175,28 @@ def _gpt_sizes(model: ModelConfig, vocab_size: int) -> ModelSizes:
     block = attention + 4 * width + (experts + router or feed_forward)
     parameters = (vocab_size + model.max_seq_len) * width + layers * block + 2 * width
     active = model.top_k if model.type == "moe" else 1
-    kept = _kept(model.max_seq_len, layers, width, active * 2 * ff, vocab_size)
-    kept += _dropped(model.max_seq_len, layers, width, model.num_heads) if model.dropout > 0 else 0
-    return ModelSizes(parameters, layers * experts, kept, model.max_seq_len * (layers * width + vocab_size))
+    tokens, heads = model.max_seq_len, model.num_heads if model.dropout > 0 else 0
+    kept, of_one = (_kept(tokens, n, width, active * 2 * ff, vocab_size, heads) for n in (layers, 1))
+    return ModelSizes(parameters, layers * experts, kept, _checkpointed(tokens, layers, width, of_one))
 
 
-def _kept(tokens: int, layers: int, width: int, feed_forward: int, vocab_size: int) -> int:
-    """Values of one sample that the backward pass needs.
+def _kept(tokens: int, layers: int, width: int, feed_forward: int, vocab_size: int, heads: int = 0) -> int:
+    """Values of one sample that the backward pass needs; heads: of attention where there is dropout, else 0.
 
     Of each block: its input and two norms' outputs, queries, keys, values, and the results of attention, projection and
     feed-forward; then the logits and their log-probabilities.
     """
-    return tokens * (layers * (9 * width + feed_forward) + width + 2 * vocab_size)
+    kept = tokens * (layers * (9 * width + feed_forward) + width + 2 * vocab_size)
+    return kept + _dropped(tokens, layers, width, heads) if heads else kept
+
+
+def _checkpointed(tokens: int, layers: int, width: int, of_one: int) -> int:
+    """The same with activation checkpointing; of_one: values of a model with one block.
+
+    That block is computed again, and of the others there is the input. The logits are gone by then; they count for
+    their gradient, which lay beside them before.
+    """
+    return of_one + tokens * (layers - 1) * width
 
 
 def _dropped(tokens: int, layers: int, width: int, heads: int) -> int:
@@ -217,10 +227,10 @@ def _gpt2_sizes(found: Mapping[str, Any], tokens: int, dropout: float | None) ->
     block = 4 * width * width + 8 * width + 2 * width * ff + ff + width
     head = 0 if found.get("tie_word_embeddings", True) else vocab_size * width
     parameters = (vocab_size + int(found["n_positions"])) * width + layers * block + 2 * width + head
-    kept = _kept(tokens, layers, width, 2 * ff, vocab_size)
     drops = float(found.get("attn_pdrop", 0.1)) if dropout is None else dropout
-    kept += _dropped(tokens, layers, width, int(found.get("n_head", 12))) if drops > 0 else 0
-    return ModelSizes(parameters, 0, kept, tokens * (layers * width + vocab_size))
+    heads = int(found.get("n_head", 12)) if drops > 0 else 0
+    kept, of_one = (_kept(tokens, n, width, 2 * ff, vocab_size, heads) for n in (layers, 1))
+    return ModelSizes(parameters, 0, kept, _checkpointed(tokens, layers, width, of_one))
 
 
 def _llama_sizes(found: Mapping[str, Any], tokens: int) -> ModelSizes:
@@ -241,8 +251,8 @@ def _llama_sizes(found: Mapping[str, Any], tokens: int) -> ModelSizes:
         block += 2 * ff + width
     head = 0 if found.get("tie_word_embeddings", False) else vocab_size * width
     parameters = vocab_size * width + layers * block + width + head
-    kept = _kept(tokens, layers, width, 4 * ff, vocab_size)
-    return ModelSizes(parameters, 0, kept, tokens * (layers * width + vocab_size))
+    kept, of_one = (_kept(tokens, n, width, 4 * ff, vocab_size) for n in (layers, 1))
+    return ModelSizes(parameters, 0, kept, _checkpointed(tokens, layers, width, of_one))
 
 
 def _published(name: str) -> Mapping[str, Any] | None:
@@ -285,7 +295,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _activation_bytes(config: Config, sizes: ModelSizes, world_size: int) -> int:
     training = config.training
     samples = -(-resolved_batch_size(config) // training.micro_batches)
-    kept = sizes.boundaries if training.activation_checkpointing else sizes.kept
+    kept = sizes.checkpointed if training.activation_checkpointing else sizes.kept
     if config.algorithm in ("mp", "mp_pipeline"):
         # A stage keeps its part of each micro-batch in flight: as many as there are stages.
         in_flight = min(training.micro_batches, world_size) if config.algorithm == "mp_pipeline" else 1

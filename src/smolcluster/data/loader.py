@@ -191,16 +191,16 @@ def sampled_steps(
         dataset: where samples come from.
         sampler: which samples each step takes.
         rank: whose part of them.
-        micro_batches: parts that a step's samples are split into, as equal as they can be. A step with fewer
-            samples has fewer, a step without any has one with 0 samples.
+        micro_batches: parts that a step's samples are split into, as equal as they can be: the same number on every
+            rank and in every step, so that algorithms which communicate for each of them stay in step. Where samples
+            are fewer, some have 0.
         start_step: number of the first step; of a resumed run the first that is not done.
         max_steps: number of steps of the whole run: the last step is max_steps - 1. None: without end.
     """
     for step in count(start_step) if max_steps is None else range(start_step, max_steps):
         planned = dataset.targets_per_sample(sampler.global_indices(step))
         indices = sampler.rank_indices(step, rank)
-        parts = max(1, min(micro_batches, len(indices)))
-        pieces = torch.split(indices, split_by_shares(len(indices), [1.0] * parts))
+        pieces = torch.split(indices, split_by_shares(len(indices), [1.0] * micro_batches))
         place: JsonObject = {"step": step + 1, "samples": len(dataset)}
         yield [Batch(*dataset.batch(piece), planned_count=planned) for piece in pieces], place
 

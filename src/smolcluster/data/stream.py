@@ -195,7 +195,7 @@ def streamed_steps(
         seed: the run's seed.
         weights: the ranks' relative shares, in rank order.
         rank: whose part.
-        micro_batches: parts that a step's samples are split into, as equal as they can be.
+        micro_batches: parts that a step's samples are split into, as equal as they can be; the same number always.
         start: where to go on; None: at the beginning.
         max_steps: number of steps of the whole run. None: without end.
 
@@ -208,7 +208,7 @@ def streamed_steps(
     ):
         planned = sum(windows.targets_per_sample(indices) for windows, indices in segments)
         counts = split_by_shares(sum(len(indices) for _, indices in segments), weights)
-        parts = split_by_shares(counts[rank], [1.0] * max(1, min(micro_batches, counts[rank])))
+        parts = split_by_shares(counts[rank], [1.0] * micro_batches)
         begin = sum(counts[:rank])
         batches = []
         for samples in parts:

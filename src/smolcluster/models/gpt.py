@@ -223,6 +223,11 @@ class GPT(nn.Module):
         exported["lm_head.weight"] = exported["transformer.wte.weight"]
         return exported
 
+    def export_names(self) -> Iterator[tuple[str, str, bool]]:
+        """(GPT-2's name, own name, whether it lies transposed there) of each tensor of `export_state_dict`."""
+        yield from _export_names(self.config.num_layers)
+        yield "lm_head.weight", "token_embedding.weight", False
+
     def load_exported(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over weights under GPT-2's names, converted to this model's dtype; `lm_head.weight` may be absent.
 

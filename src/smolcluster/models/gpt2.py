@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,14 +74,39 @@ def load_gpt2(folder: Path, dropout: float = 0.0) -> GPT:
         CheckpointError: a file is damaged, or its tensors are not those of its configuration.
     """
     model = GPT(gpt2_config(folder, dropout))
+    model.load_exported(_exported(folder))
+    return model
+
+
+def read_gpt2(folder: Path, model: GPT, names: Collection[str]) -> dict[str, Tensor]:
+    """Some parameters of a GPT-2 folder by our names, float32, on the CPU; no others are read.
+
+    Args:
+        folder: one that `load_gpt2` takes.
+        model: of its sizes; its own parameters are not looked at and may be on the meta device.
+        names: which parameters.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    tensors = _exported(folder)
+    values = {}
+    for name, own_name, is_transposed in model.export_names():
+        if own_name in names and own_name not in values:  # a tied head comes last
+            tensor = tensors[name].t() if is_transposed else tensors[name]
+            values[own_name] = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return values
+
+
+def _exported(folder: Path) -> dict[str, Tensor]:
+    """A folder's tensors by the names that `GPT.load_exported` takes. They stay in the files until they are read."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in load_tensors(folder).items():
         # The published files say "h.0.…", what GPT2LMHeadModel saves "transformer.h.0.…".
         full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if not _MASKS.fullmatch(full):
             tensors[full] = tensor
-    model.load_exported(tensors)
-    return model
+    return tensors
 
 
 def save_gpt2(model: GPT, folder: Path, *, eos_id: int | None = None) -> None:

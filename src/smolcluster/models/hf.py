@@ -6,16 +6,23 @@ nothing for the tokens before it and needs no mask; its targets carry no loss.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import math
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from smolcluster.config.schema import ModelConfig
 from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.hub import first_line, import_extra, quiet_transformers
-from smolcluster.models.folder import model_folder, weight_files
+from smolcluster.models.folder import load_tensors, model_folder, weight_files
 from smolcluster.models.init import named_seed
 from smolcluster.models.sampling import sample_tokens
 
@@ -23,6 +30,8 @@ from smolcluster.models.sampling import sample_tokens
 _REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 # The method of its models that advises a mask where a text begins or ends with the padding token.
 _ADVICE = "warn_if_padding_and_no_attention_mask"
+# Its models draw from the process's one generator, and its log is the process's too: ranks that are threads take turns.
+_TURN = threading.Lock()
 
 
 class HFModel(nn.Module):
@@ -111,8 +120,7 @@ def build_hf(config: ModelConfig, *, seed: int, vocab_size: int | None, with_wei
     """
     transformers = import_extra("transformers", "model.type hf")
     folder = model_folder(config.hf_model_name, with_weights=with_weights)
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(named_seed("", seed))
+    with _own_generator(seed):
         try:
             hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             if getattr(hf_config, "quantization_config", None) is not None:
@@ -135,14 +143,20 @@ def build_hf(config: ModelConfig, *, seed: int, vocab_size: int | None, with_wei
     return HFModel(inner, _longest(inner)).train()
 
 
-def init_hf_parameters(inner: Any, seed: int) -> None:
+def init_hf_parameters(inner: Any, seed: int, only: Iterable[Tensor] | None = None) -> None:
     """Initialise a model by its own rules, each module from (seed, module name); in place.
 
     transformers draws all parameters from the global generator one after the other, so that each depends on what
     was built before it. Here each module draws from a seed of its own. The global generator's state is used up:
     call it in `fork_rng`. A tied parameter counts under its first module.
+
+    Args:
+        inner: the model of transformers.
+        seed: the run's seed.
+        only: leave modules alone in which, however deep, none of these parameters is; None: initialise all modules.
     """
     initialised: set[int] = set()
+    wanted = None if only is None else {id(param) for param in only}
 
     def visit(module: Any, name: str, owner: Any) -> None:
         for child_name, child in module.named_children():
@@ -153,6 +167,8 @@ def init_hf_parameters(inner: Any, seed: int) -> None:
         if params and params <= initialised:
             return
         initialised.update(params)
+        if wanted is not None and wanted.isdisjoint(id(param) for param in module.parameters()):
+            return
         torch.default_generator.manual_seed(named_seed(name, seed))
         # After its children: GPT-2's attention draws its projection again, narrower than a plain one.
         owner._init_weights(module)
@@ -160,6 +176,143 @@ def init_hf_parameters(inner: Any, seed: int) -> None:
     with torch.no_grad():
         visit(inner, "", inner)
     inner.tie_weights()
+
+
+def draw_hf_parameters(model: HFModel, names: Collection[str], seed: int) -> dict[str, Tensor] | None:
+    """What `init_hf_parameters` gives some of the parameters, on the CPU; no others are made.
+
+    Args:
+        model: with its parameters on the meta device. It is busy meanwhile, and then as it was.
+        names: which parameters, tied ones by their first names.
+        seed: the run's seed.
+
+    Returns:
+        The values by name; None if some begin as what their module's constructor gave them.
+    """
+    shapes = {name: model.get_parameter(name) for name in names}
+    if not all(like.is_floating_point() for like in shapes.values()):
+        return None
+    # Not a number: what nobody draws keeps it.
+    drawn = {name: nn.Parameter(torch.full_like(like, math.nan, device="cpu")) for name, like in shapes.items()}
+    try:
+        with _own_generator(seed), _replaced(model, drawn), _DrawsForMeta():  # type: ignore[no-untyped-call]  # torch's
+            init_hf_parameters(model.inner, seed, only=drawn.values())
+    except NotImplementedError:  # a value was computed from one that is on the meta device
+        return None
+    values = {name: param.detach() for name, param in drawn.items()}
+    return None if any(math.isnan(value.sum()) for value in values.values()) else values
+
+
+def stored_names(model: HFModel, stored: Mapping[str, Tensor]) -> dict[str, str] | None:
+    """For each name in the model's state dict, the tensor that transformers would load there as it is.
+
+    Args:
+        model: its parameters may be on the meta device.
+        stored: the tensors of its folder. Nothing of them is read, unless there are several for a tied parameter.
+
+    Returns:
+        Names in the files by names in the model; None if transformers would rename or convert something, or find that
+        something is missing or of another shape. Then it has to load the whole model.
+    """
+    own = model.state_dict(keep_vars=True)
+    prefix = model.inner.base_model_prefix
+    conversions = _conversions(model.inner)
+    found: dict[int, list[str]] = {}
+    for name, tensor in stored.items():
+        if conversions is None or any(one.rename_source_key(name) != (name, None) for one in conversions):
+            return None
+        # A folder of the language model or of the model inside it, as from_pretrained has it.
+        short, long = name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+        target = short if short != name and short in own else long if long in own else name
+        if target in own:
+            if own[target].shape != tensor.shape:
+                return None
+            found.setdefault(id(own[target]), []).append(name)
+    names = {}
+    for name, target_tensor in own.items():
+        places = found.get(id(target_tensor), [])
+        # transformers does not tie what differs in the file.
+        if not places or any(not _same_bits(stored[place], stored[places[0]]) for place in places[1:]):
+            return None
+        names[name] = places[0]
+    return names
+
+
+def adopt_folder(model: HFModel, folder: Any) -> None:
+    """Give a model that was made from its configuration what else from_pretrained takes from a folder, in place."""
+    transformers = import_extra("transformers", "model.type hf")
+    with _TURN, quiet_transformers(), contextlib.suppress(OSError, ValueError):  # most folders have none
+        found = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.inner.generation_config = found
+    model.inner._weight_conversions = []  # none was needed: it is saved under the names that it has
+
+
+def _conversions(inner: Any) -> list[Any] | None:
+    """What transformers does to names and tensors of this model when it loads them; None: it cannot be asked."""
+    try:
+        mapping = importlib.import_module("transformers.conversion_mapping")
+    except ImportError:  # before transformers 5
+        return None if getattr(inner, "_checkpoint_conversion_mapping", None) else []
+    return list(mapping.get_model_conversion_mapping(inner))
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+class _DrawsForMeta(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Lets random values for tensors on the meta device use up the generator as if they were in memory.
+
+    A module's own rule may draw several parameters one after the other: what the second gets must not depend on whether
+    the first is there.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and any(map(_is_meta, tree_leaves((args, kwargs)))):
+            func(*tree_map(_in_memory, args), **tree_map(_in_memory, kwargs))
+        return func(*args, **kwargs)
+
+
+def _is_meta(value: Any) -> bool:
+    return (isinstance(value, Tensor) and value.is_meta) or (isinstance(value, torch.device) and value.type == "meta")
+
+
+def _in_memory(value: Any) -> Any:
+    if not _is_meta(value):
+        return value
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+
+
+@contextlib.contextmanager
+def _own_generator(seed: int) -> Iterator[None]:
+    """transformers by itself, with the default generator at the seed; afterwards the generator is as it was."""
+    with _TURN, quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(named_seed("", seed))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, params: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """The model with these parameters, wherever it has those that bear their names; afterwards as before."""
+    by_old = {id(model.get_parameter(name)): param for name, param in params.items()}
+    places = [
+        (module._parameters, name, old)
+        for module in model.modules()
+        for name, old in module._parameters.items()
+        if id(old) in by_old
+    ]
+    for held, name, old in places:
+        held[name] = by_old[id(old)]
+    try:
+        yield
+    finally:
+        for held, name, old in places:
+            held[name] = old
 
 
 def _say_nothing(input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -179,6 +332,7 @@ def _load(transformers: Any, folder: Any, hf_config: Any) -> Any:
             output_loading_info=True,
         )
     except (SafetensorError, OSError) as exc:
+        load_tensors(folder)  # says which file is damaged
         raise CheckpointError(
             f"the weights {files[0]} cannot be read ({first_line(exc)}). Download or copy them again"
         ) from exc

@@ -9,7 +9,7 @@ in the whole model. A module says how its parameters are distributed through `in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -56,6 +56,22 @@ def init_parameters(module: nn.Module, seed: int, prefix: str = "") -> None:
             rule = _rule_for(module, name)
             if rule is not None and not parameter.is_meta:
                 parameter.copy_(draw_parameter(prefix + name, parameter.shape, rule, seed))
+
+
+def draw_parameters(module: nn.Module, names: Iterable[str], seed: int) -> dict[str, Tensor]:
+    """The initial values of some parameters that have a rule: float32, on CPU, wherever the module has its own.
+
+    Args:
+        module: the whole model; its parameters may be on the meta device and stay as they are.
+        names: as `named_parameters()` of the module spells them, a tied one by its first name.
+        seed: the run's seed.
+    """
+    values = {}
+    for name in names:
+        rule = _rule_for(module, name)
+        assert rule is not None, f"{name} has no init_rule"
+        values[name] = draw_parameter(name, module.get_parameter(name).shape, rule, seed)
+    return values
 
 
 def draw_parameter(full_name: str, shape: Sequence[int], rule: InitRule, seed: int) -> Tensor:

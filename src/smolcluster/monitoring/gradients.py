@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,7 @@ class GradientNorms:
     def row(self, row: JsonObject) -> JsonObject:
         """The columns for the row of an update, in the order of the updates; none for one that was not applied."""
         true_norm = row.get("train/grad_norm")
-        is_applied = isinstance(true_norm, float) and true_norm > 0 and isinstance(row.get("train/loss"), float)
-        if not is_applied or not self._taken:
+        if not _is_applied(row) or not self._taken:
             return {}
         assert isinstance(true_norm, float)
         norms = self._taken.popleft()
@@ -49,6 +48,25 @@ class GradientNorms:
         norms = dict(zip(grads, _norms(list(grads.values())), strict=True))
         if any(norms.values()):  # a gradient of zeros has `train/grad_norm` 0, as a step without targets has
             self._taken.append(norms)
+
+
+class ReportedNorms:
+    """The same columns where the algorithm knows the norms, since no rank has a whole gradient."""
+
+    def __init__(self, take: Callable[[], dict[str, float] | None]) -> None:
+        """`take` gives those of the oldest update that it was not asked for."""
+        self._take = take
+
+    def row(self, row: JsonObject) -> JsonObject:
+        """The columns for the row of an update, in the order of the updates; none for one that was not applied."""
+        if not _is_applied(row):
+            return {}
+        return {f"grad_norm/{name}": norm for name, norm in (self._take() or {}).items()}
+
+
+def _is_applied(row: JsonObject) -> bool:
+    norm = row.get("train/grad_norm")
+    return isinstance(norm, float) and norm > 0 and isinstance(row.get("train/loss"), float)
 
 
 def _norms(grads: Sequence[Tensor]) -> list[float]:

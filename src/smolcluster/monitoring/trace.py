@@ -27,6 +27,7 @@ from smolcluster.kinds import JsonObject, JsonValue
 from smolcluster.telemetry import (
     BUCKETS,
     COMPUTE,
+    GATHERS,
     LOADER,
     MAX_TRACE_EVENTS,
     PUSHES,
@@ -49,7 +50,7 @@ _EMPTY = torch.empty(0, dtype=torch.uint8)
 INCOMPLETE: JsonObject = {"incomplete": "the run failed: rank 0 alone wrote this"}
 # Perfetto looks threads up by their number alone, so no two ranks may have the same.
 _THREADS_PER_RANK = 1000
-_FIRST_TRACKS = (COMPUTE, BUCKETS, PUSHES, LOADER)
+_FIRST_TRACKS = (COMPUTE, BUCKETS, GATHERS, PUSHES, LOADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ def chrome_events(events: Sequence[TraceEvent], rank: int, name: str, to_common:
     for track, thread in tracks.items():
         yield _metadata("thread_name", rank, thread, {"name": track})
         yield _metadata("thread_sort_index", rank, thread, {"sort_index": thread})
-    buckets = {_call(event): event.details for event in events if event.track == BUCKETS}
+    buckets = {_call(event): event.details for event in events if event.track in (BUCKETS, GATHERS)}
     # What encloses comes first, also where both begin in the same microsecond.
     for event in sorted(events, key=lambda event: (event.start, -event.end)):
         start, end = _microseconds(to_common(event.start)), _microseconds(to_common(event.end))

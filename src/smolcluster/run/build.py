@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.edp import EdpServer, EdpWorker
+from smolcluster.algorithms.fsdp import FSDP
 from smolcluster.algorithms.single import Single
 from smolcluster.algorithms.syncps import SyncPsServer, SyncPsWorker
 from smolcluster.checkpoint.state import StateReader
@@ -32,6 +33,8 @@ from smolcluster.device import give_memory_back, is_out_of_memory, prepare_proce
 from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.build import build_model
+from smolcluster.models.checkpointing import checkpoint_activations
+from smolcluster.models.partition import Unit
 from smolcluster.run.support import check_supported, computing_ranks, rank_weights
 from smolcluster.training.optim import OptimizerFactory, optimizer_factory
 from smolcluster.training.rng import load_rng_state
@@ -59,6 +62,7 @@ class Parts:
         global_batch: samples of a step over all ranks.
         weights: the relative shares of it of the ranks that compute, in rank order.
         device: where this rank computes.
+        values: the parameters of a unit of the model, where they are on the meta device; None: they are not.
     """
 
     config: Config
@@ -68,6 +72,7 @@ class Parts:
     global_batch: int
     weights: Sequence[float]
     device: torch.device
+    values: Callable[[Unit], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,8 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
         if not is_out_of_memory(exc):
             raise
         raise ConfigError("the model does not fit into this machine's memory. Make the sizes of model smaller") from exc
+    if config.training.activation_checkpointing:
+        checkpoint_activations(model)
     global_batch = resolved_batch_size(config) * computing_ranks(config, len(names))
     _steps(config, data, global_batch)  # a stream is counted here, where nobody waits for this rank
     # Dropout: other masks on every rank, the same in every run.
@@ -338,6 +345,22 @@ def _strategy(
             device=parts.device,
             skip_nonfinite=skip_nonfinite,
             telemetry=comm.telemetry,
+        )
+    if config.algorithm == "fsdp":
+        return FSDP(
+            parts.model,
+            optimizers,
+            comm,
+            stage=cluster.fsdp_stage,
+            staleness_bound=resolved_staleness_bound(config) or 0,
+            compression=cluster.compression,
+            grad_clip_norm=training.grad_clip_norm,
+            lr_schedule=schedule,
+            precision=training.precision,
+            device=parts.device,
+            bucket_bytes=cluster.bucket_bytes,
+            skip_nonfinite=skip_nonfinite,
+            values=parts.values,
         )
     if config.algorithm != "classicdp":
         raise ConfigError(f"algorithm {config.algorithm} is not one of ranks that are all alike. Use smolcluster train")

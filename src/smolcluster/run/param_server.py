@@ -30,6 +30,7 @@ from smolcluster.data.source import MemoryData
 from smolcluster.errors import CheckpointError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.weights import weights_sha256
+from smolcluster.monitoring.gradients import GradientNorms
 from smolcluster.monitoring.links import SessionLinks
 from smolcluster.monitoring.resources import peak_rss_bytes
 from smolcluster.monitoring.session_trace import ServerTrace, WorkerTrace
@@ -192,7 +193,8 @@ def run_server(
         if recording is not None:
             OptimizerSpans(telemetry, built.optimizers)
             closing.enter_context(recording)
-        rows = ExtendedRows(context.metrics, parts, model, optimizer, links)
+        norms = GradientNorms(model, optimizer) if parts.config.training.track_gradients else None
+        rows = ExtendedRows(context.metrics, parts, norms, links)
         result = role.run(RunContext(rows, None, context.stop))
     if deliver is not None:
         deliver()
@@ -272,7 +274,7 @@ def run_worker(
     batches = LeasedBatches(port, parts.data.train, sampler, config.training.micro_batches)
     trainer = Trainer(assemble_worker(parts, port), batches, NO_END, endpoint=port)
     try:
-        rows = ExtendedRows(context.metrics, parts, model, None, links)
+        rows = ExtendedRows(context.metrics, parts, None, links)
         result = TrainerRole(trainer).run(RunContext(rows, None, context.stop))
         port.last_word(trace.send)
         port.report(_worker_report(parts, port))
@@ -451,7 +453,10 @@ def _server_result(
     }
     reports = [own, *(crew.reports.get(rank, {}) for rank in range(1, len(rank_samples)))]
     ranks = [report | {"samples": samples} for report, samples in zip(reports, rank_samples, strict=True)]
-    values: JsonObject = {**run_values(parts, model, result, sha256), "restarts": restarts}
+    values: JsonObject = {
+        **run_values(parts, sum(param.numel() for param in model.parameters()), result, sha256),
+        "restarts": restarts,
+    }
     values["lost_ranks"], values["joined_ranks"] = [*sorted(crew.lost)], [*sorted(crew.joined)]
     return RankResult(values, ranks, result.stopped, note)
 

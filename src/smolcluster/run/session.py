@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from smolcluster.checkpoint.ranks import SharedReader, save_from_all_ranks
 from smolcluster.checkpoint.store import discard_after, open_checkpoint, prune
@@ -19,8 +18,8 @@ from smolcluster.collectives.tcp import TcpCommunicator
 from smolcluster.config.schema import reads_text
 from smolcluster.data.loader import BatchLoader
 from smolcluster.kinds import JsonObject, JsonValue
-from smolcluster.models.weights import weights_sha256
-from smolcluster.monitoring.gradients import GradientNorms
+from smolcluster.models.weights import streamed_sha256, weights_sha256
+from smolcluster.monitoring.gradients import GradientNorms, ReportedNorms
 from smolcluster.monitoring.links import LinkMetrics, SessionLinks, measure_links
 from smolcluster.monitoring.metrics import EverySteps
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
@@ -29,7 +28,7 @@ from smolcluster.run.build import Assembly, Parts, Start, assemble
 from smolcluster.run.resume import RunMeta, RunProgress
 from smolcluster.training.rng import rng_state
 from smolcluster.training.role import RunContext, TrainerRole
-from smolcluster.training.strategy import Strategy
+from smolcluster.training.strategy import DividesModel, Strategy
 from smolcluster.training.trainer import MetricsSink, Progress, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,14 @@ def run_rank(
     (optimizer,) = assembly.optimizers
     cluster = parts.config.cluster
     links = measure_links(comm, cluster.metrics_log_interval) if cluster.track_network_metrics else None
-    sink = ExtendedRows(context.metrics, parts, assembly.strategy.model, optimizer, links)
+    strategy = assembly.strategy
+    norms: GradientNorms | ReportedNorms | None = None
+    if parts.config.training.track_gradients:
+        if isinstance(strategy, DividesModel):
+            norms = ReportedNorms(strategy.take_gradient_norms)
+        else:
+            norms = GradientNorms(strategy.model, optimizer)
+    sink = ExtendedRows(context.metrics, parts, norms, links)
     logger.info("training rank=%d world_size=%d steps=%d", parts.rank, comm.world_size, assembly.steps)
     if recording is not None:
         OptimizerSpans(comm.telemetry, assembly.optimizers)
@@ -109,13 +115,14 @@ def run_rank(
     if deliver is not None:
         deliver(comm)
     note = None if recording is None else recording.write()  # before the reports: its bytes count
-    reports = [report for report in comm.exchange(_report(assembly, result, comm)) if isinstance(report, dict)]
-    values = run_values(parts, assembly.strategy.model, result, reports[0]["weights_sha256"]) | {"restarts": restarts}
+    own, sha256 = _report(assembly, result, comm)
+    reports = [report for report in comm.exchange(own) if isinstance(report, dict)]
+    values = run_values(parts, _parameters(strategy), result, sha256) | {"restarts": restarts}
     return RankResult(values, reports, result.stopped, note)
 
 
-def run_values(parts: Parts, model: nn.Module, result: TrainResult, sha256: JsonValue) -> JsonObject:
-    """What summary.json says of the whole run."""
+def run_values(parts: Parts, parameters: int, result: TrainResult, sha256: JsonValue) -> JsonObject:
+    """What summary.json says of the whole run, of a model of so many parameters."""
     return {
         "steps": result.steps,
         "samples": result.samples,
@@ -126,26 +133,57 @@ def run_values(parts: Parts, model: nn.Module, result: TrainResult, sha256: Json
         "val_loss": result.val_loss,
         "val_accuracy": result.val_accuracy,
         "val_perplexity": result.val_perplexity if reads_text(parts.config) else None,
-        "parameters": sum(param.numel() for param in model.parameters()),
+        "parameters": parameters,
         "weights_sha256": sha256,
     }
 
 
-def _report(assembly: Assembly, result: TrainResult, comm: Communicator) -> JsonObject:
-    """What summary.json says of one rank."""
-    model = assembly.strategy.model
-    params = list(model.parameters())
-    grads = [param.grad for param in params if param.grad is not None]
-    return {
+def _parameters(strategy: Strategy) -> int:
+    if isinstance(strategy, DividesModel):
+        return strategy.parameters
+    return sum(param.numel() for param in strategy.model.parameters())
+
+
+def _report(assembly: Assembly, result: TrainResult, comm: Communicator) -> tuple[JsonObject, str | None]:
+    """What summary.json says of one rank; and the hash of the model, on rank 0 of a divided one."""
+    strategy = assembly.strategy
+    if isinstance(strategy, DividesModel):
+        holds_whole = strategy.holds_whole_model
+        sha256: str | None = _divided_sha256(strategy, comm) if not holds_whole else weights_sha256(strategy.model)
+        own_sha256 = sha256 if holds_whole else None
+        parameter_bytes, gradient_bytes, state_bytes = strategy.held_bytes()
+    else:
+        params = list(strategy.model.parameters())
+        sha256 = own_sha256 = weights_sha256(strategy.model)
+        parameter_bytes = held_bytes(params)
+        gradient_bytes = held_bytes([param.grad for param in params if param.grad is not None])
+        state_bytes = optimizer_bytes(assembly.optimizers)
+    report: JsonObject = {
         "samples": result.rank_samples,
-        "weights_sha256": weights_sha256(model),
-        "parameter_bytes": held_bytes(params),
-        "gradient_bytes": held_bytes(grads),
-        "optimizer_bytes": optimizer_bytes(assembly.optimizers),
+        "weights_sha256": own_sha256,
+        "parameter_bytes": parameter_bytes,
+        "gradient_bytes": gradient_bytes,
+        "optimizer_bytes": state_bytes,
         "peak_rss_bytes": peak_rss_bytes(),
         "sent_bytes": round(comm.telemetry.counter("link/sent_bytes")),
         "recv_bytes": round(comm.telemetry.counter("link/recv_bytes")),
     }
+    return report, sha256
+
+
+def _divided_sha256(strategy: DividesModel, comm: Communicator) -> str | None:
+    """The hash of a model that no rank holds, tensor by tensor, on rank 0. Every rank calls it."""
+    model = strategy.model
+    firsts = {id(param): name for name, param in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    first_names = {name: firsts[id(param)] for name, param in every.items()}
+    others = {name: tensor for name, tensor in model.state_dict().items() if name not in every}
+
+    def read(name: str) -> torch.Tensor | None:
+        return others[name] if name in others else strategy.whole_parameter(name)
+
+    sha256 = streamed_sha256(model, first_names, read)
+    return sha256 if comm.rank == 0 else None
 
 
 def optimizer_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
@@ -232,15 +270,13 @@ class ExtendedRows:
         self,
         sink: MetricsSink,
         parts: Parts,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        norms: GradientNorms | ReportedNorms | None,
         links: LinkMetrics | SessionLinks | None,
     ) -> None:
-        """Add to the rows that go to `sink`; without an optimizer or links there is less to add."""
+        """Add to the rows that go to `sink`; without norms or links there is less to add."""
         self._sink = sink
         self._every = EverySteps(parts.config.cluster.metrics_log_interval)
-        wants_norms = parts.config.training.track_gradients and optimizer is not None
-        self._norms = GradientNorms(model, optimizer) if wants_norms and optimizer is not None else None
+        self._norms = norms
         self._usage = ProcessUsage(parts.device)
         self._links = links
 

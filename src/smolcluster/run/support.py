@@ -12,7 +12,7 @@ from smolcluster.transport.tcp import TcpOptions
 
 # Carrier-grade NAT, which Tailscale uses, and the range for measuring networks: nobody routes them.
 _OWN_NETWORKS = (ipaddress.IPv4Network("100.64.0.0/10"), ipaddress.IPv4Network("198.18.0.0/15"))
-ALGORITHMS = ("single", "classicdp", "syncps", "edp")
+ALGORITHMS = ("single", "classicdp", "fsdp", "syncps", "edp")
 # A server that computes nothing, and workers that come and go.
 PARAMETER_SERVERS = ("syncps", "edp")
 
@@ -36,20 +36,16 @@ def check_supported(config: Config, world_size: int) -> None:
         )
     if config.algorithm in PARAMETER_SERVERS:
         _check_parameter_server(config, world_size)
-    later = {
-        "training.activation_checkpointing": config.training.activation_checkpointing,
-    }
     if config.algorithm != "single":  # which has no cluster: so one file serves both sides of a comparison
-        if config.algorithm not in PARAMETER_SERVERS:
-            later[f"cluster.min_ranks below {world_size} ranks"] = (config.cluster.min_ranks or world_size) < world_size
+        if config.algorithm not in PARAMETER_SERVERS and min_ranks(config, world_size) < world_size:
+            raise ConfigError(
+                f"cluster.min_ranks below {world_size} ranks comes in a later release. Take it out of the configuration"
+            )
         if config.cluster.tls and config.backend != "tcp":
             raise ConfigError(
                 f"cluster.tls is of backend tcp; {config.backend} does not encrypt. Take cluster.tls out, or choose "
                 "--backend tcp"
             )
-    for key, is_set in later.items():
-        if is_set:
-            raise ConfigError(f"{key} comes in a later release. Take it out of the configuration")
 
 
 def _check_parameter_server(config: Config, world_size: int) -> None:
@@ -172,8 +168,8 @@ def shared_options(config: Config) -> dict[str, str]:
         keys[key] = str(keys[key]).replace("\\", "/").rstrip("/").rpartition("/")[2]
     keys["algorithm"] = values["algorithm"]
     for key in (
-        "seed", "staleness_bound", "patience", "shares", "compression", "bucket_bytes", "min_ranks", "tls", "timeout",
-        "worker_update_interval",
+        "seed", "staleness_bound", "fsdp_stage", "patience", "shares", "compression", "bucket_bytes", "min_ranks",
+        "tls", "timeout", "worker_update_interval",
     ):  # fmt: skip
         keys[f"cluster.{key}"] = values["cluster"][key]
     return {key: str(value) for key, value in keys.items()}

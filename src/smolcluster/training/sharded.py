@@ -164,7 +164,7 @@ class StepAgreement:
         samples: samples computed.
         nonfinite: ranks whose loss (with a codec: or gradient) was not finite.
         stop_votes: ranks that asked to stop.
-        squares: sum over the ranks of what each passed.
+        squares: of each parameter's gradient, the square of its norm.
         has_grad: for each parameter, whether any rank has a gradient.
     """
 
@@ -173,31 +173,49 @@ class StepAgreement:
     samples: int
     nonfinite: int
     stop_votes: int
-    squares: float
+    squares: list[float]
     has_grad: list[bool]
 
 
-def sum_totals(own: StepTotals, gradients: StepShards, squares: float, comm: Communicator) -> StepAgreement:
+def squares_of(pieces: Sequence[Piece], grads: Sequence[Tensor], shards: ShardedParameters) -> list[float]:
+    """Of each parameter the square of the norm of this rank's piece of its gradient; blocks.
+
+    Where every rank owns all, each brings in its part of the square: over all ranks it is the whole one again.
+    """
+    owners = 1 if shards.is_divided else shards.comm.world_size
+    squares = [0.0] * len(shards.params)
+    norms = torch._foreach_norm(list(grads)) if grads else []
+    # One wait for the device, not one per piece. Apple's MPS has no float64.
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    values = torch.stack([norm.to(widest) for norm in norms]).tolist() if norms else []
+    for piece, norm in zip(pieces, values, strict=True):
+        squares[piece.index] = norm * norm / owners
+    return squares
+
+
+def sum_totals(own: StepTotals, gradients: StepShards, squares: Sequence[float], comm: Communicator) -> StepAgreement:
     """Add up over all ranks, in one small all-reduce; blocks.
 
     Raises:
         CollectiveMismatch: the ranks planned different steps.
     """
     nonfinite = float(own.nonfinite or gradients.overflowed)
-    fields = [own.loss_sum, own.count, own.samples, own.planned, nonfinite, own.stop, squares, *gradients.has_grad]
+    fields = [own.loss_sum, own.count, own.samples, own.planned, nonfinite, own.stop, *squares, *gradients.has_grad]
     total = torch.tensor(fields, dtype=torch.float64)
     if comm.world_size > 1:
         with comm.telemetry.span("comm_wait"):
             comm.all_reduce(total).wait()
-    loss_sum, count, samples, planned, nonfinite, votes, squares, *users = total.tolist()
+    loss_sum, count, samples, planned, nonfinite, votes, *each = total.tolist()
     if abs(planned - own.planned * comm.world_size) > 1e-6 * planned:
         raise CollectiveMismatch(
             f"step {gradients.step}: rank {comm.rank} planned {own.planned} targets, but the mean over all "
             f"{comm.world_size} ranks is {planned / comm.world_size:g}. Batch.planned_count is that of the whole step: "
             f"give every rank the same number."
         )
-    has_grad = [ranks > 0 for ranks in users]
-    return StepAgreement(loss_sum, round(count), round(samples), round(nonfinite), round(votes), squares, has_grad)
+    has_grad = [ranks > 0 for ranks in each[len(squares) :]]
+    return StepAgreement(
+        loss_sum, round(count), round(samples), round(nonfinite), round(votes), each[: len(squares)], has_grad
+    )
 
 
 # ---- parameters, whole

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from smolcluster.checkpoint.state import Shard, StateReader
 from smolcluster.data.batch import Batch
@@ -15,7 +15,10 @@ from smolcluster.training.step import EvalSums, StepResult
 class Strategy(Protocol):
     """One algorithm on one rank. It owns its whole `train_step`, so that an algorithm reads in one place."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """What is trained; where ranks hold parts (DividesModel), with those parameters that this rank has."""
+        ...
 
     def train_step(self, micro_batches: Sequence[Batch]) -> StepResult | None:
         """Compute the gradient of one step and apply the one that is due.
@@ -52,4 +55,36 @@ class Strategy(Protocol):
         Raises:
             CheckpointError: it is of another model.
         """
+        ...
+
+
+@runtime_checkable
+class DividesModel(Protocol):
+    """A strategy whose ranks hold parts of what others hold whole."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Names and buffers, and what this rank has of the parameters."""
+        ...
+
+    @property
+    def holds_whole_model(self) -> bool:
+        """Whether `model` has all parameters, in their full precision, on every rank."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the whole model has, tied ones once."""
+        ...
+
+    def whole_parameter(self, name: str) -> Tensor | None:
+        """A parameter as it is now, in its shape, on rank 0; None elsewhere. Every rank calls it; blocks."""
+        ...
+
+    def held_bytes(self) -> tuple[int, int, int]:
+        """Bytes of parameters, gradients and optimizer state that this rank has held at most at once."""
+        ...
+
+    def take_gradient_norms(self) -> dict[str, float] | None:
+        """The norm of each parameter's gradient before clipping, of the oldest update not asked for; None: no more."""
         ...

@@ -22,6 +22,9 @@ from smolcluster.telemetry import Span, Telemetry, overlap_s
 from smolcluster.training.step import EvalSums, MicroBatches, StepResult, as_batches
 from smolcluster.training.strategy import Strategy
 
+# What steps communicate by, as their spans are called.
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
+
 
 class MetricsSink(Protocol):
     """Where the rows of `metrics.jsonl` go; implemented by monitoring."""
@@ -387,8 +390,11 @@ class _StepTiming:
                 self._spans.setdefault(span.step, []).append(span)
 
     def compute_s(self, step: int) -> float:
-        """Seconds that forward and backward of a step took whose row is not made yet."""
-        return _total_s([span for span in self._spans.get(step, []) if span.name in ("forward", "backward")])
+        """Seconds that forward and backward of a step took whose row is not made yet, less those spent in waiting."""
+        spans = self._spans.get(step, [])
+        compute = [span for span in spans if span.name in ("forward", "backward")]
+        waits_s = overlap_s([span for span in spans if span.name == "comm_wait"], compute)[1]
+        return _total_s(compute) - waits_s
 
     def traced(self, name: str) -> AbstractContextManager[None]:
         """Shows the time that the body takes in a trace."""
@@ -420,12 +426,13 @@ class _StepTiming:
         }
         if "comm_wait" not in by_name:
             return compute
-        all_reduce_s, hidden_s = overlap_s(by_name.get("all_reduce", []), by_name.get("backward", []))
-        communication: JsonObject = {
-            "time/comm_wait_s": _total_s(by_name["comm_wait"]),
-            "time/all_reduce_s": all_reduce_s,
-            "time/all_reduce_hidden_s": hidden_s,
-        }
+        communication: JsonObject = {"time/comm_wait_s": _total_s(by_name["comm_wait"])}
+        for name in COLLECTIVES:
+            if name in by_name:
+                total_s, hidden_s = overlap_s(
+                    by_name[name], [*by_name.get("forward", []), *by_name.get("backward", [])]
+                )
+                communication |= {f"time/{name}_s": total_s, f"time/{name}_hidden_s": hidden_s}
         return compute | communication
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from typing import Any
 
@@ -69,6 +70,18 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     flat = tensor if tensor.dim() == 1 and not tensor.requires_grad else tensor.detach().view(-1)
     array: Any = flat.view(torch.uint8).numpy()  # numpy's stubs do not say that it is a buffer
     return memoryview(array)
+
+
+def alias_of(tensor: Tensor) -> Tensor:
+    """A second tensor over the memory of a contiguous CPU tensor, with a storage of its own.
+
+    `raw_bytes` makes a storage one that can no longer be resized; this spares the tensor's own. It is valid only as
+    long as that keeps its memory.
+    """
+    if tensor.numel() == 0:
+        return tensor.detach()
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
 def empty_for(prelude: Prelude, dims: tuple[int, ...]) -> Tensor:
