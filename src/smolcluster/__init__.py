@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smolcluster.algorithms.classicdp import ClassicDP
+    from smolcluster.algorithms.fsdp import FSDP
     from smolcluster.algorithms.single import Single
     from smolcluster.collectives.base import Communicator, ReduceOp, Work
     from smolcluster.config.load import load_config
@@ -34,6 +35,7 @@ __all__ = [
     "connect",
     "Single",
     "ClassicDP",
+    "FSDP",
     "Strategy",
     "StepResult",
     "EvalSums",
@@ -53,6 +55,7 @@ _MODULES = {
     "connect": "run.connect",
     "Single": "algorithms.single",
     "ClassicDP": "algorithms.classicdp",
+    "FSDP": "algorithms.fsdp",
     "Strategy": "training.strategy",
     "StepResult": "training.step",
     "EvalSums": "training.step",

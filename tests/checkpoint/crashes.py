@@ -49,8 +49,8 @@ class Recorder:
             self.calls.append(Call("make", folder))
             self._real["make_folder"](folder)
 
-    def write_tensors(self, file: Path, tensors: Any) -> None:
-        self._real["write_tensors"](file, tensors)
+    def write_tensors(self, file: Path, described: Any, values: Any) -> None:
+        self._real["write_tensors"](file, described, values)
         self.calls.append(Call("write", file, file.read_bytes()))
 
     def write_text(self, file: Path, text: str) -> None:

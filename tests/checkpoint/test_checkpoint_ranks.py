@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,17 +68,20 @@ def test_every_dtype_and_empty_and_dimensionless_tensors_come_from_another_rank(
         assert torch.equal(checkpoint.read(name), shard.tensor)
 
 
+@pytest.mark.parametrize("is_midway", [False, True])
 @pytest.mark.parametrize("calls_before", [0, 1, 2, 3])
 def test_a_disk_that_fills_up_stops_all_ranks_with_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls_before: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls_before: int, is_midway: bool
 ) -> None:
     real, left = disk.write_tensors, [calls_before]  # weights, state, rank 1, rank 2
 
-    def fill_up(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def fill_up(file: Path, described: dict[str, torch.Tensor], values: Callable[[str], torch.Tensor]) -> None:
         if left[0] == 0:
+            if is_midway:
+                values(disk.write_order(described)[0])  # the rank has more to send
             raise OSError(28, "No space left on device")
         left[0] -= 1
-        real(file, tensors)
+        real(file, described, values)
 
     monkeypatch.setattr(disk, "write_tensors", fill_up)
 

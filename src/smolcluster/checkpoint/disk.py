@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from smolcluster.checkpoint.index import DTYPES
+from smolcluster.kinds import JsonObject
+from smolcluster.transport.tensors import raw_bytes
 
 if sys.platform == "darwin":
     import fcntl
@@ -26,12 +29,32 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file; the tensors are contiguous, on the CPU, and share no memory."""
-    file.touch()
-    mode = stat.S_IMODE(file.stat().st_mode)
-    save_file(dict(tensors), file, metadata={"format": "pt"})
-    file.chmod(mode)  # safetensors makes a file that only its owner may read
+def write_tensors(file: Path, described: Mapping[str, Tensor], values: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file, tensor by tensor: one of them is in memory at a time. The library needs all at once.
+
+    Args:
+        file: where to.
+        described: dtype and shape of each tensor by name; may be on the meta device.
+        values: gives a tensor, on the CPU and contiguous; called once for each, in the order of `write_order`.
+    """
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
+    end = 0
+    names = write_order(described)
+    for name in names:
+        tensor = described[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype][1], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # what follows is aligned
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            opened.write(raw_bytes(values(name)))
+
+
+def write_order(described: Mapping[str, Tensor]) -> Sequence[str]:
+    """The order of tensors in a file: by the size of their elements, so that all are aligned, then by name."""
+    return sorted(described, key=lambda name: (-described[name].element_size(), name))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -7,6 +7,7 @@ Reading   rank 0 reads; what all want alike is broadcast, slices are sent to the
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import TypedDict, cast
 import torch
 from torch import Tensor
 
+from smolcluster.checkpoint.disk import write_order
 from smolcluster.checkpoint.index import DTYPE_OF, DTYPES
 from smolcluster.checkpoint.reader import Checkpoint, check_slice, no_such_tensor
 from smolcluster.checkpoint.state import Kind, Shard
@@ -40,6 +42,7 @@ class _Description(TypedDict):
     local_shape: list[int]
     shape: list[int] | None
     offset: int
+    alias_of: str | None
 
 
 class _Plan(TypedDict):
@@ -68,7 +71,7 @@ def save_from_all_ranks(
 ) -> None:
     """Write one checkpoint of what all ranks hold. Every rank calls it; blocks until it is on rank 0's disk.
 
-    Rank 0 holds its own shards and those of one other rank at a time. Ranks without shards only agree.
+    Rank 0 holds its own shards and one tensor of another rank at a time. Ranks without shards only agree.
 
     Args:
         comm: all ranks.
@@ -259,44 +262,56 @@ class _Incoming:
     def __init__(self, comm: Communicator, senders: list[int]) -> None:
         self._comm = comm
         self._waiting = list(senders)
+        self._coming: list[tuple[int, str, Tensor]] = []  # what the rank that was asked has still to send, in order
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Shard]]]:
         while self._waiting:
             rank = self._waiting.pop(0)
             self._answer(rank, is_wanted=True)
-            yield rank, self._receive(rank)
+            yield rank, self._describe(rank)
 
     def dismiss(self) -> None:
-        """Let those go on that were not asked: there is nothing to write, or it failed."""
+        """Let those go on that were not asked, or not to the end: there is nothing to write, or it failed."""
+        while self._coming:
+            self._receive(*self._coming[0])
         while self._waiting:
             self._answer(self._waiting.pop(0), is_wanted=False)
 
     def _answer(self, rank: int, *, is_wanted: bool) -> None:
         self._comm.send(torch.tensor([int(is_wanted)], dtype=torch.uint8), rank, _ASK_TAG).wait()
 
-    def _receive(self, rank: int) -> dict[str, Shard]:
+    def _describe(self, rank: int) -> dict[str, Shard]:
+        """What a rank will send, tensor by tensor, as it is asked for."""
         descriptions = cast("list[_Description]", _from_tensor(self._comm.recv(rank, _SHARD_TAG).result()[0]))
         shards: dict[str, Shard] = {}
-        for described in descriptions:
-            tensor = torch.empty(described["local_shape"], dtype=DTYPE_OF[described["dtype"]])
-            if tensor.numel():
-                self._comm.recv(rank, _SHARD_TAG, _as_bytes(tensor)).wait()
-            shape = described["shape"]
-            shards[described["name"]] = Shard(
-                tensor, described["kind"], None if shape is None else tuple(shape), described["offset"]
-            )
+        for said in descriptions:
+            name, shape, alias_of = said["name"], said["shape"], said["alias_of"]
+            tensor = torch.empty(said["local_shape"], dtype=DTYPE_OF[said["dtype"]], device="meta")
+            load = None if alias_of is not None else functools.partial(self._receive, rank, name, tensor)
+            if load is not None:
+                self._coming.append((rank, name, tensor))
+            whole = None if shape is None else tuple(shape)
+            shards[name] = Shard(tensor, said["kind"], whole, said["offset"], load, alias_of)
         return shards
+
+    def _receive(self, rank: int, name: str, like: Tensor) -> Tensor:
+        expected = self._coming.pop(0)[:2]
+        assert expected == (rank, name), f"rank {rank} sends {expected}, not {name}"
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        if tensor.numel():
+            self._comm.recv(rank, _SHARD_TAG, _as_bytes(tensor)).wait()
+        return tensor
 
 
 def _send_when_asked(comm: Communicator, shards: Mapping[str, Shard]) -> None:
     """The other side of `_Incoming`."""
     if not comm.recv(0, _ASK_TAG).result()[0].item():
         return
-    descriptions = [_describe(name, shard) for name, shard in shards.items()]
-    comm.send(_to_tensor(cast("JsonValue", descriptions)), 0, _SHARD_TAG).wait()
-    for shard in shards.values():
-        tensor = shard.tensor.detach().to("cpu").contiguous()
-        if tensor.numel():
+    order = write_order({name: shard.tensor for name, shard in shards.items()})
+    comm.send(_to_tensor(cast("JsonValue", [_describe(name, shards[name]) for name in order])), 0, _SHARD_TAG).wait()
+    for name in order:
+        tensor = shards[name].tensor.detach().to("cpu").contiguous()
+        if tensor.numel() and shards[name].alias_of is None:
             comm.send(_as_bytes(tensor), 0, _SHARD_TAG).wait()
 
 
@@ -308,6 +323,7 @@ def _describe(name: str, shard: Shard) -> _Description:
         "local_shape": list(shard.tensor.shape),
         "shape": None if shard.shape is None else list(shard.shape),
         "offset": shard.offset,
+        "alias_of": shard.alias_of,
     }
 
 

@@ -6,6 +6,7 @@ Names are paths: `model/<parameter or buffer>`, `optim/<parameter>/<slot>`, `pen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -23,6 +24,7 @@ class Shard:
         kind: what it is for.
         shape: of the whole tensor; None: `tensor` is the whole.
         offset: of the piece in the flattened whole, in elements.
+        load: gives the values, once, where `tensor` only describes them, on the meta device; None: it has them.
         alias_of: the name of the tensor that this is another name of (tied weights); `tensor` then holds nothing.
     """
 
@@ -30,6 +32,7 @@ class Shard:
     kind: Kind
     shape: tuple[int, ...] | None = None
     offset: int = 0
+    load: Callable[[], Tensor] | None = None
     alias_of: str | None = None
 
     @property

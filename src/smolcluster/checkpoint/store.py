@@ -72,8 +72,9 @@ def save_checkpoint(
         shards: this rank's part of the state, by name, on any device. Names under `model/` that share one memory
             (tied weights) are stored once.
         meta: anything JSON that a reader needs, such as the configuration.
-        others: (rank, that rank's part), taken one by one, so that only one is in memory. Together with `shards` they
-            hold every element of every tensor exactly once.
+        others: (rank, that rank's part), taken one by one, and asked for the values of one tensor after the other
+            (Shard.load, in the order of disk.write_order). Together with `shards` they hold every element of every
+            tensor exactly once.
         confirm: called before what is written counts. It raises if the folder may be another process's by now: then
             nothing in it is touched any more.
 
@@ -233,13 +234,12 @@ class _Draft:
         shards = {name: shard for name, shard in shards.items() if shard.alias_of is None}
         if not shards:
             return
-        tensors: dict[str, Tensor] = {}
+        by_key = {name.removeprefix(without_prefix): shard for name, shard in sorted(shards.items())}
         for name in sorted(shards):
-            key = name.removeprefix(without_prefix)
-            tensors[key] = _alone_on_cpu(shards[name].tensor)
-            self._enter(name, shards[name], file_name, key)
+            self._enter(name, shards[name], file_name, name.removeprefix(without_prefix))
         file = self._folder / file_name
-        disk.write_tensors(file, tensors)
+        described = {key: shard.tensor for key, shard in by_key.items()}
+        disk.write_tensors(file, described, lambda key: _values(by_key[key]))
         self._files[file_name] = FileEntry(bytes=file.stat().st_size, sha256=sha256_of(file))
         disk.sync_file(file)
 
@@ -297,10 +297,10 @@ def _is_weight(name: str, shard: Shard) -> bool:
     return name.startswith(MODEL) and shard.kind in ("param", "buffer") and shard.shape is None
 
 
-def _alone_on_cpu(tensor: Tensor) -> Tensor:
-    """A contiguous CPU tensor with memory of its own: safetensors refuses views of one buffer."""
-    cpu = tensor.detach().to("cpu").contiguous()
-    return cpu if cpu.untyped_storage().nbytes() == cpu.nbytes else cpu.clone()
+def _values(shard: Shard) -> Tensor:
+    """A shard's values, contiguous, on the CPU."""
+    tensor = shard.tensor if shard.load is None else shard.load()
+    return tensor.detach().to("cpu").contiguous()
 
 
 def _open(path: Path) -> tuple[Checkpoint, list[str]]:
