@@ -197,36 +197,31 @@ def draw_hf_parameters(model: HFModel, names: Collection[str], seed: int) -> dic
     try:
         with _own_generator(seed), _replaced(model, drawn), _DrawsForMeta():  # type: ignore[no-untyped-call]  # torch's
             init_hf_parameters(model.inner, seed, only=drawn.values())
-    except NotImplementedError:  # a value was computed from one that is on the meta device
+    except RuntimeError:  # something was computed from values that are on the meta device
         return None
     values = {name: param.detach() for name, param in drawn.items()}
     return None if any(math.isnan(value.sum()) for value in values.values()) else values
 
 
 def stored_names(model: HFModel, stored: Mapping[str, Tensor]) -> dict[str, str] | None:
-    """For each name in the model's state dict, the tensor that transformers would load there as it is.
+    """For each name in the model's state dict, the tensor of its folder that transformers would load there as it is.
 
     Args:
         model: its parameters may be on the meta device.
-        stored: the tensors of its folder. Nothing of them is read, unless there are several for a tied parameter.
+        stored: the folder's tensors. Nothing of them is read, unless there are several for a tied parameter.
 
     Returns:
-        Names in the files by names in the model; None if transformers would rename or convert something, or find that
-        something is missing or of another shape. Then it has to load the whole model.
+        Names in the files by names in the model; None if transformers would make one tensor out of others, or find that
+        one is missing or of another shape. Then it has to load the whole model.
     """
     own = model.state_dict(keep_vars=True)
-    prefix = model.inner.base_model_prefix
     conversions = _conversions(model.inner)
     found: dict[int, list[str]] = {}
     for name, tensor in stored.items():
-        if conversions is None or any(one.rename_source_key(name) != (name, None) for one in conversions):
+        target = None if conversions is None else _loaded_name(name, own, model.inner.base_model_prefix, conversions)
+        if target is None or (target in own and own[target].shape != tensor.shape):
             return None
-        # A folder of the language model or of the model inside it, as from_pretrained has it.
-        short, long = name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
-        target = short if short != name and short in own else long if long in own else name
         if target in own:
-            if own[target].shape != tensor.shape:
-                return None
             found.setdefault(id(own[target]), []).append(name)
     names = {}
     for name, target_tensor in own.items():
@@ -238,13 +233,22 @@ def stored_names(model: HFModel, stored: Mapping[str, Tensor]) -> dict[str, str]
     return names
 
 
-def adopt_folder(model: HFModel, folder: Any) -> None:
-    """Give a model that was made from its configuration what else from_pretrained takes from a folder, in place."""
+def adopt_folder(model: HFModel, folder: Any, stored: Iterable[str]) -> None:
+    """Give a model that was made from its configuration what else from_pretrained takes from a folder, in place.
+
+    Args:
+        model: one that has `stored_names`.
+        folder: its folder.
+        stored: the names in the folder's files.
+    """
     transformers = import_extra("transformers", "model.type hf")
     with _TURN, quiet_transformers(), contextlib.suppress(OSError, ValueError):  # most folders have none
-        found = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-        model.inner.generation_config = found
-    model.inner._weight_conversions = []  # none was needed: it is saved under the names that it has
+        model.inner.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    used = _conversions(model.inner) or []
+    for name in stored:
+        _loaded_name(name, {}, "", used)
+    # It is saved under the names that it has in the folder.
+    model.inner._weight_conversions = [conversion for conversion in used if conversion.was_used()]
 
 
 def _conversions(inner: Any) -> list[Any] | None:
@@ -253,7 +257,31 @@ def _conversions(inner: Any) -> list[Any] | None:
         mapping = importlib.import_module("transformers.conversion_mapping")
     except ImportError:  # before transformers 5
         return None if getattr(inner, "_checkpoint_conversion_mapping", None) else []
-    return list(mapping.get_model_conversion_mapping(inner))
+    # Names are changed first, by all that match; then tensors.
+    return sorted(mapping.get_model_conversion_mapping(inner), key=_is_converter)
+
+
+def _is_converter(conversion: Any) -> bool:
+    return hasattr(conversion, "operations")
+
+
+def _loaded_name(name: str, own: Collection[str], prefix: str, conversions: Iterable[Any]) -> str | None:
+    """The name in the model of a tensor in a file, as from_pretrained has it; None: it would be converted."""
+    renamed = name
+    for conversion in conversions:
+        renamed, pattern = conversion.rename_source_key(renamed)
+        if pattern is not None and _is_converter(conversion):
+            return None
+    target = _prefixed(renamed, own, prefix)
+    return _prefixed(name, own, prefix) if target not in own and name in own else target
+
+
+def _prefixed(name: str, own: Collection[str], prefix: str) -> str:
+    """A folder may be that of the language model or of the model inside it."""
+    short, long = name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+    if short != name and short in own:
+        return short
+    return long if long in own else name
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

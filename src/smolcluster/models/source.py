@@ -163,7 +163,7 @@ class _HF:
 
     def _build_whole(self) -> nn.Module:
         model = self._make()
-        logger.info("model built as a whole: its values cannot be had in parts model=%s", self._name)
+        logger.info("model built whole, as its values cannot be had in parts model=%s", self._name)
         self._left = {name: param.detach() for name, param in model.named_parameters()}
         for module in model.modules():
             for name, param in module._parameters.items():
@@ -195,7 +195,9 @@ class _StoredHF:
 
     def __init__(self, folder_name: str | None, make: Callable[[], HFModel]) -> None:
         self._folder_name = folder_name
-        self._make = make  # with random weights: it is the files that have the others
+        self._make = make  # with random values: it needs no others
+        # By a parameter's name the name in the files, and what it is converted to.
+        self._places: dict[str, tuple[str, torch.dtype]] = {}
 
     def build(self) -> HFModel | None:
         stored = load_tensors(self._folder)
@@ -203,32 +205,23 @@ class _StoredHF:
         names = None if model is None else stored_names(model, stored)
         if model is None or names is None:
             return None
-        with torch.no_grad():
-            for name, tensor in model.state_dict().items():
-                if not tensor.is_meta:
-                    tensor.copy_(stored[names[name]])
-        adopt_folder(model, self._folder)
+        for name, buffer in model.state_dict().items():
+            if not buffer.is_meta:
+                buffer.copy_(stored[names[name]])
+        adopt_folder(model, self._folder, stored)
+        self._places = {name: (names[name], param.dtype) for name, param in model.named_parameters()}
         return model
 
     def values(self, unit: Unit) -> dict[str, Tensor] | None:
-        if self._places is None:
+        if not self._places and self.build() is None:
             return None
-        stored = load_tensors(self._folder)
+        stored = load_tensors(self._folder)  # they stay in the files until they are read
         places = [(name, *self._places[name]) for name in unit.parameters]
         return {name: stored[place].to(dtype, copy=True) for name, place, dtype in places}
 
     @functools.cached_property
     def _folder(self) -> Path:
         return model_folder(self._folder_name, with_weights=True)
-
-    @functools.cached_property
-    def _places(self) -> dict[str, tuple[str, torch.dtype]] | None:
-        """By a parameter's name the name in the files, and what it is converted to."""
-        model = self.build()
-        names = None if model is None else stored_names(model, load_tensors(self._folder))
-        if model is None or names is None:
-            return None
-        return {name: (names[name], param.dtype) for name, param in model.named_parameters()}
 
 
 def _build_on_meta(make: Callable[[], HFModel]) -> HFModel | None:

@@ -35,6 +35,7 @@ from smolcluster.kinds import JsonObject
 from smolcluster.models.build import build_model
 from smolcluster.models.checkpointing import checkpoint_activations
 from smolcluster.models.partition import Unit
+from smolcluster.models.source import model_source
 from smolcluster.run.support import check_supported, computing_ranks, rank_weights
 from smolcluster.training.optim import OptimizerFactory, optimizer_factory
 from smolcluster.training.rng import load_rng_state
@@ -131,8 +132,12 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
         streaming=config.data.streaming,
     )
     seed = config.cluster.seed
+    sizes = {"vocab_size": data.vocab_size, "num_classes": data.num_classes}
+    # Where no rank is to hold the whole model, it begins without values; a user's own class has to be built whole.
+    is_divided = config.algorithm == "fsdp" and config.cluster.fsdp_stage == 3
+    source = model_source(config.model, seed=seed, **sizes) if is_divided else None
     try:
-        model = build_model(config.model, seed=seed, vocab_size=data.vocab_size, num_classes=data.num_classes)
+        model = build_model(config.model, seed=seed, **sizes) if source is None else source.build()
     except (RuntimeError, MemoryError) as exc:
         if not is_out_of_memory(exc):
             raise
@@ -144,7 +149,8 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     # Dropout: other masks on every rank, the same in every run.
     torch.manual_seed(seed + rank)
     spare_collector()
-    return Parts(config, rank, data, model, global_batch, rank_weights(config, list(names)), device)
+    weights = rank_weights(config, list(names))
+    return Parts(config, rank, data, model, global_batch, weights, device, None if source is None else source.values)
 
 
 def assemble(
