@@ -39,7 +39,9 @@ MODEL = {
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def train(folder: Path, *arguments: str, model: dict[str, Any] = MODEL, limit_bytes: int | None = None) -> dict[str, Any]:
+def train(
+    folder: Path, *arguments: str, model: dict[str, Any] = MODEL, limit_bytes: int | None = None
+) -> dict[str, Any]:
     """Run `smolcluster train`; the summary. With a limit every rank is put into a cgroup of its own at its start."""
     overrides = [part for key, value in model.items() for part in ("--override", f"{key}={value}")]
     command = [sys.executable, "-m", "smolcluster", "train", "--quiet", "--out", str(folder), *overrides, *arguments]

@@ -136,8 +136,9 @@ def held(algorithm: str, world_size: int = 4, is_server: bool = False, **section
         ("classicdp", {"staleness_bound": 3}, (1, 4, 2)),
         ("fsdp", {"fsdp_stage": 0}, (1, 1, 2)),
         ("fsdp", {"fsdp_stage": 1}, (1, 1, 2 / 4)),
-        ("fsdp", {"fsdp_stage": 2}, (1, 1 / 4, 2 / 4)),
-        ("fsdp", {"fsdp_stage": 3}, (1 / 4, 1 / 4, 2 / 4)),
+        # So small a model is one bucket and one unit, which is whole while it is used.
+        ("fsdp", {"fsdp_stage": 2}, (1, 1 + 1 / 4, 2 / 4)),
+        ("fsdp", {"fsdp_stage": 3}, (1 + 1 / 4, 1 + 1 / 4, 2 / 4)),
         ("syncps", {}, (1, 1, 0)),
         ("mp", {}, (1 / 4, 1 / 4, 2 / 4)),
         ("mp_pipeline", {"staleness_bound": 1}, (2 / 4, 1 / 4, 2 / 4)),
@@ -317,3 +318,20 @@ def test_the_remedy_is_for_the_largest_part(algorithm: str, sections: dict[str, 
     warning = memory.memory_warning(config(model, algorithm=algorithm, cluster=cluster, **sections))
     assert warning is not None
     assert remedy in warning
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, 16.0), (1, 8 + 8 / 4), (2, 4 + 12 / 4), (3, 16 / 4)])
+def test_fsdp_says_what_each_stage_needs(stage: int, expected: float) -> None:
+    sizes = {"model_dim": 1024, "num_layers": 24, "num_heads": 16, "ff_dim": 4096, "max_seq_len": 16, "dropout": 0.0}
+    found = config({"type": "gpt", "vocab_size": 50000, **sizes}, algorithm="fsdp", cluster={"fsdp_stage": stage})
+    estimate, sizes_of = estimate_memory(found, 4), memory.model_sizes(found)
+    assert estimate is not None
+    assert sizes_of is not None
+    held = estimate.weights + estimate.gradients + estimate.optimizer
+    # Two blocks that are gathered, two matrices of gradients on their way; the embedding is gathered in pieces.
+    more = (2 * 4 * sizes_of.block if stage == 3 else 0) + (2 * 4 * 4 * 1024 * 1024 * 1.01 if stage >= 2 else 0)
+    assert held == pytest.approx(expected * sizes_of.parameters + more, rel=0.01)
+    note = memory.stages_note(found, 4)
+    assert note is not None
+    assert f"{stage}: {estimate.total / memory.GIB:.2f} GiB (chosen)" in note
+    assert memory.stages_note(config({"type": "simple_nn"}, algorithm="classicdp"), 4) is None

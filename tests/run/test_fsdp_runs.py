@@ -18,7 +18,7 @@ SOURCE = str(Path(__file__).parent.parent.parent / "src")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="SIGKILL")]
 PATIENCE = 2.0
 RUN = [
-    *("--preset", "fsdp_gpt", "--local", "3", "--override", "training.max_steps=100", "--override", "model.num_layers=4"),
+    *("--preset", "fsdp_gpt", "--local", "3", "--max-steps", "100", "--override", "model.num_layers=4"),
     *("--override", "training.eval_steps=null", "--override", "checkpoint.steps=20"),
     *("--override", f"cluster.patience={PATIENCE:g}", "--override", "cluster.staleness_bound=1"),
 ]  # fmt: skip

@@ -106,6 +106,7 @@ def train(
         from smolcluster.run.local import run_local
 
         note_batch(point, resolved, local, quiet)
+        say_stages(chosen, resolved, local)
         if (too_large := local_memory_warning(resolved, local)) is not None:
             chosen.say(f"warning: {too_large}")
         ran = run_local(
@@ -118,6 +119,7 @@ def train(
         options = NodeOptions(folder, reporter(resolved, quiet), token_file, point, skip_nonfinite, trace)
         if launch is not None:
             note_batch(point, resolved, launch.world_size, quiet)
+            say_stages(chosen, resolved, launch.world_size)
             ran = run_launched(resolved, launch, options)
         else:
             refuse_machines(resolved)
@@ -178,6 +180,7 @@ def node(
     elif resume is not None and point is None:
         chosen.say("rank 0's machine has the run that goes on; this one takes the settings that are given here")
     note_batch(point, resolved, len(names) if point is not None else 1, quiet)
+    say_stages(chosen, resolved, len(names))
     options = NodeOptions(folder, reporter(resolved, quiet), token_file, point, skip_nonfinite, trace)
     run = run_node
     if resolved.algorithm in PARAMETER_SERVERS:
@@ -285,6 +288,14 @@ def plan(
         if warning not in resolved.readings:  # `config check` and `config show` say how a file is read
             chosen.say(f"warning: {warning}")
     return resolved.config, point, folder
+
+
+def say_stages(chosen: Choices, config: Config, world_size: int) -> None:
+    """With fsdp, say what a rank needs in each stage."""
+    from smolcluster.config.memory import stages_note
+
+    if (needs := stages_note(config, world_size)) is not None:
+        chosen.say(needs)
 
 
 def note_batch(point: ResumePoint | None, config: Config, world_size: int, quiet: bool) -> None:

@@ -52,12 +52,16 @@ class ModelSizes:
         experts: those of them that belong to experts, which `ep` spreads over the ranks.
         kept: values that the backward pass needs, of one sample.
         checkpointed: values that backward has at once with activation checkpointing, of one sample.
+        block: parameters of a layer, all at once; 0 where the model is no list of layers.
+        tables: of each embedding and head.
     """
 
     parameters: int
     experts: int
     kept: int
     checkpointed: int
+    block: int = 0
+    tables: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +129,7 @@ def estimate_memory(config: Config, world_size: int, *, is_server: bool = False)
         return MemoryEstimate(whole, whole, state, 0)
     weights, gradients, optimizer = whole, whole * (1 + staleness_bound), state
     if algorithm == "fsdp":
-        weights, gradients, optimizer = (
-            part // (world_size if stage >= needed else 1)
-            for part, needed in ((weights, 3), (gradients, 2), (optimizer, 1))
-        )
+        weights, gradients, optimizer = _sharded(config, sizes, world_size, stage, element)
     elif algorithm in ("mp", "mp_pipeline"):
         # Layers by cost, and the weights of each batch in flight.
         weights, gradients, optimizer = (part // world_size for part in (whole * (1 + staleness_bound), whole, state))
@@ -137,9 +138,53 @@ def estimate_memory(config: Config, world_size: int, *, is_server: bool = False)
         weights, gradients, optimizer = (part * held // sizes.parameters for part in (weights, gradients, optimizer))
     elif algorithm in ("syncps", "edp"):
         optimizer = 0
-    if is_half:
+    if is_half and (algorithm != "fsdp" or stage == 0):
         weights += weights // 2  # autocast's 16-bit copies
     return MemoryEstimate(weights, gradients, optimizer, _activation_bytes(config, sizes, world_size))
+
+
+def _sharded(config: Config, sizes: ModelSizes, world_size: int, stage: int, element: int) -> tuple[int, int, int]:
+    """Weights, gradients and optimizer state of a rank of fsdp, with what is gathered or on its way at the peak."""
+    whole, bucket = sizes.parameters * element, config.cluster.bucket_bytes
+    part = -(-whole // world_size)
+    # In half precision the matrices of the blocks are gathered in 16 bits; what a rank steps stays as it is.
+    gathered = 2 if config.training.precision in ("bf16", "fp16") else element
+    sets = 1 + (resolved_staleness_bound(config) or 0)
+    state = (whole if stage == 0 else part) * (2 if config.training.optimizer == "adamw" else 0)
+    gradients = whole * sets if stage < 2 else part * sets + min(whole, 2 * max(bucket, sizes.block * element // 3))
+    weights = whole
+    if stage == 3:
+        large = max(sizes.block * element, bucket)  # an embedding above that is gathered in pieces
+        blocks = sizes.parameters if sizes.block == 0 else 2 * sizes.block
+        rest = sum(table * element for table in sizes.tables if table * element <= large)
+        weights = part + min(sizes.parameters * gathered, blocks * gathered + rest)
+    elif stage > 0 and gathered != element:
+        weights = part + sizes.parameters * gathered
+    return weights, gradients, state
+
+
+def stages_note(config: Config, world_size: int) -> str | None:
+    """One line on what a rank of fsdp needs in each stage; None for other algorithms, and if the sizes are not known."""
+    if config.algorithm != "fsdp":
+        return None
+    needs = []
+    for stage in (0, 1, 2, 3):
+        cluster = config.cluster.model_copy(update={"fsdp_stage": stage})
+        estimate = estimate_memory(config.model_copy(update={"cluster": cluster}), world_size)
+        if estimate is None:
+            return None
+        is_chosen = stage == config.cluster.fsdp_stage
+        needs.append(f"{stage}: {_size(estimate.total)}{' (chosen)' if is_chosen else ''}")
+        activations = estimate.activations
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return (
+        f"memory of each of {ranks} by cluster.fsdp_stage: {', '.join(needs)}; {_size(activations)} of it activations, "
+        "and Python with torch comes on top"
+    )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def model_sizes(config: Config) -> ModelSizes | None:
@@ -177,7 +222,8 @@ def _gpt_sizes(model: ModelConfig, vocab_size: int) -> ModelSizes:
     active = model.top_k if model.type == "moe" else 1
     tokens, heads = model.max_seq_len, model.num_heads if model.dropout > 0 else 0
     kept, of_one = (_kept(tokens, n, width, active * 2 * ff, vocab_size, heads) for n in (layers, 1))
-    return ModelSizes(parameters, layers * experts, kept, _checkpointed(tokens, layers, width, of_one))
+    checkpointed = _checkpointed(tokens, layers, width, of_one)
+    return ModelSizes(parameters, layers * experts, kept, checkpointed, block, (vocab_size * width,))
 
 
 def _kept(tokens: int, layers: int, width: int, feed_forward: int, vocab_size: int, heads: int = 0) -> int:
@@ -230,7 +276,8 @@ def _gpt2_sizes(found: Mapping[str, Any], tokens: int, dropout: float | None) ->
     drops = float(found.get("attn_pdrop", 0.1)) if dropout is None else dropout
     heads = int(found.get("n_head", 12)) if drops > 0 else 0
     kept, of_one = (_kept(tokens, n, width, 2 * ff, vocab_size, heads) for n in (layers, 1))
-    return ModelSizes(parameters, 0, kept, _checkpointed(tokens, layers, width, of_one))
+    tables = (vocab_size * width,) * (2 if head else 1)
+    return ModelSizes(parameters, 0, kept, _checkpointed(tokens, layers, width, of_one), block, tables)
 
 
 def _llama_sizes(found: Mapping[str, Any], tokens: int) -> ModelSizes:
@@ -252,7 +299,8 @@ def _llama_sizes(found: Mapping[str, Any], tokens: int) -> ModelSizes:
     head = 0 if found.get("tie_word_embeddings", False) else vocab_size * width
     parameters = vocab_size * width + layers * block + width + head
     kept, of_one = (_kept(tokens, n, width, 4 * ff, vocab_size) for n in (layers, 1))
-    return ModelSizes(parameters, 0, kept, _checkpointed(tokens, layers, width, of_one))
+    tables = (vocab_size * width,) * (2 if head else 1)
+    return ModelSizes(parameters, 0, kept, _checkpointed(tokens, layers, width, of_one), block, tables)
 
 
 def _published(name: str) -> Mapping[str, Any] | None:

@@ -119,8 +119,10 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     """
     check_supported(config, len(names))
     prepare_process()
-    if config.data.streaming:
-        give_memory_back()  # whoever streams has little memory: a steady peak before speed
+    if config.data.streaming or config.training.activation_checkpointing:
+        # Who asks for these has little memory: a steady peak before speed. Without it checkpointing saved a tenth of the
+        # peak of 12 and 16 blocks of width 256 on the CPU; with it a third and more.
+        give_memory_back()
     device = resolve_device(config.training.device, local_rank)
     data = open_data(
         config.data.dataset,

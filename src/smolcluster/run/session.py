@@ -115,7 +115,8 @@ def run_rank(
     if deliver is not None:
         deliver(comm)
     note = None if recording is None else recording.write()  # before the reports: its bytes count
-    own, sha256 = _report(assembly, result, comm)
+    own, known = _report(assembly, result, comm)
+    sha256 = comm.exchange(known)[0]
     reports = [report for report in comm.exchange(own) if isinstance(report, dict)]
     values = run_values(parts, _parameters(strategy), result, sha256) | {"restarts": restarts}
     return RankResult(values, reports, result.stopped, note)
