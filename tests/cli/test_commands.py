@@ -25,8 +25,8 @@ def run(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--algorithm", "fsdp"], "algorithm fsdp comes in a later release; available: single, classicdp"),
-        (["train", "--algorithm", "fsdp", "--local", "2"], "algorithm fsdp comes in a later release"),
+        (["train", "--algorithm", "ep"], "algorithm ep comes in a later release; available: single, classicdp, fsdp"),
+        (["train", "--algorithm", "ep", "--local", "2"], "algorithm ep comes in a later release"),
         (["train", "--algorithm", "single", "--local", "2"], "algorithm single is one process, but 2 ranks"),
         (["train", "--preset", "classicdp_digit"], "classicdp_digits"),
         (["train", "--override", "training.batch_sise=3"], "nearest: training.batch_size"),
@@ -196,14 +196,14 @@ def test_the_package_offers_the_names_of_the_python_interface() -> None:
 
 
 def test_train_runs_as_a_module_and_as_a_file_of_a_checkout(tmp_path: Path) -> None:
-    as_module = python("-m", "smolcluster.train", "--algorithm", "fsdp", cwd=tmp_path)
-    assert (as_module.returncode, as_module.stderr[:22]) == (2, "error: algorithm fsdp ")
+    as_module = python("-m", "smolcluster.train", "--algorithm", "ep", cwd=tmp_path)
+    assert (as_module.returncode, as_module.stderr[:20]) == (2, "error: algorithm ep ")
     # A copy with a preset of its own: the file must use the package around it, not an installed one.
     checkout = tmp_path / "checkout" / "src" / "smolcluster"
     copytree(PACKAGE, checkout)
-    (checkout / "config" / "presets" / "only_here.yaml").write_text("# a preset\nalgorithm: fsdp\n")
+    (checkout / "config" / "presets" / "only_here.yaml").write_text("# a preset\nalgorithm: ep\n")
     as_file = python(str(checkout / "train.py"), "--preset", "only_here", cwd=tmp_path)
-    assert (as_file.returncode, as_file.stderr[:22]) == (2, "error: algorithm fsdp ")
+    assert (as_file.returncode, as_file.stderr[:20]) == (2, "error: algorithm ep ")
 
 
 def test_how_a_file_is_read_is_said_by_check_and_show_and_not_by_every_run(

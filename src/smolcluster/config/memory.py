@@ -164,7 +164,7 @@ def _sharded(config: Config, sizes: ModelSizes, world_size: int, stage: int, ele
 
 
 def stages_note(config: Config, world_size: int) -> str | None:
-    """One line on what a rank of fsdp needs in each stage; None for other algorithms, and if the sizes are not known."""
+    """One line on what a rank of fsdp needs in each stage; None for other algorithms and where sizes are not known."""
     if config.algorithm != "fsdp":
         return None
     needs = []

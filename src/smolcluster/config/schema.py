@@ -201,7 +201,7 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where a rank computes. auto: cuda, else mps, else cpu."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Compute activations again in the backward pass, not keep them: less memory, a third to a half more time."""
     eval_steps: PositiveInt | None = 200
     """Updates between evaluations on the validation split. null: only at the end."""
     track_gradients: bool = False

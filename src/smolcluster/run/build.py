@@ -120,8 +120,8 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     check_supported(config, len(names))
     prepare_process()
     if config.data.streaming or config.training.activation_checkpointing:
-        # Who asks for these has little memory: a steady peak before speed. Without it checkpointing saved a tenth of the
-        # peak of 12 and 16 blocks of width 256 on the CPU; with it a third and more.
+        # Who asks for these has little memory: a steady peak before speed. Without it checkpointing saves a tenth of
+        # the peak of 12 or 16 blocks of width 256 on the CPU, with it a third to a half.
         give_memory_back()
     device = resolve_device(config.training.device, local_rank)
     data = open_data(
