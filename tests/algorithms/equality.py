@@ -14,6 +14,7 @@ from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.fsdp import FSDP
 from smolcluster.algorithms.single import Single
 from smolcluster.collectives.base import Communicator
+from smolcluster.collectives.rows import RowWeight
 from smolcluster.data.batch import NO_TARGET, Batch
 from smolcluster.data.sampler import Sampler, split_by_shares
 from smolcluster.models.gpt import GPT, GPTConfig
@@ -66,6 +67,7 @@ class Case:
         micro_batches: parts of a rank's share.
         shares: relative weights in rank order; None: equal.
         steps: updates.
+        vocab: of the text.
         options: for both algorithms.
     """
 
@@ -77,6 +79,7 @@ class Case:
     micro_batches: int = 1
     shares: tuple[float, ...] | None = None
     steps: int = 50
+    vocab: int = VOCAB
     options: dict[str, Any] = field(default_factory=dict)
 
     def with_options(self, **options: Any) -> Case:
@@ -87,7 +90,7 @@ class Case:
         if not self.is_text:
             inputs = torch.randn(self.length, 12, generator=generator)
             return inputs, torch.randint(0, 5, (self.length,), generator=generator)
-        windows = torch.randint(0, VOCAB, (self.length, TIME + 1), generator=generator)
+        windows = torch.randint(0, self.vocab, (self.length, TIME + 1), generator=generator)
         targets = windows[:, 1:].clone()
         # Unequally many targets per sample: a mean over samples, ranks or micro-batches is then no mean over targets.
         targets[torch.rand(targets.shape, generator=generator) < 0.3] = NO_TARGET
@@ -164,7 +167,9 @@ def run_classicdp(
 
 def _outcome(strategy: Any, results: list[StepResult | None]) -> Outcome:
     every_result = [result for result in results if result is not None] + strategy.finish()
-    weights = {name: tensor.detach().clone() for name, tensor in strategy.model.state_dict().items()}
+    state = strategy.model.state_dict()
+    # What stands for a table has no elements of its own.
+    weights = {name: tensor.detach().clone() for name, tensor in state.items() if not isinstance(tensor, RowWeight)}
     if isinstance(strategy, FSDP):
         names = [name for name, _ in strategy.model.named_parameters(remove_duplicate=False)]
         owned = {name: strategy.whole_parameter(name) for name in names}

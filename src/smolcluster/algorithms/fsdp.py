@@ -35,6 +35,7 @@ from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.bucket import DEFAULT_BUCKET_BYTES
 from smolcluster.collectives.codec import codec_for
 from smolcluster.collectives.gather import UnitGather, UnitHooks
+from smolcluster.collectives.rows import connect_tables
 from smolcluster.collectives.scatter import ShardedGradients, StepShards
 from smolcluster.data.batch import Batch
 from smolcluster.kinds import Compression, Precision
@@ -153,6 +154,8 @@ class FSDP:
             sets=staleness_bound + 1,
             on_done=self._hooks.done,
         )
+        # A large embedding or head is never whole in stage 3: see rows.py.
+        connect_tables(self._shards, self._gather, self._hooks, self._gradients)
         self._stage = stage
         self._staleness_bound = staleness_bound
         self._grad_clip_norm = grad_clip_norm

@@ -7,6 +7,8 @@ gather each anew after its owners have stepped, while the forward of those befor
     need(2) | compute 2            | need(3) | compute 3 ...
     start(3)| gather 3 runs        | free(2), start(4)
 
+A table (see shards.py) is never whole: each of its stripes is a unit, and rows.py computes with them.
+
 Cost: (N-1)/N of a unit's bytes per gather. In stage 3 the rest of the model, and at most two units, lie in memory.
 Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277, sections 3.2.1 and 3.3.2 (prefetch).
 """
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from smolcluster.collectives.base import Communicator, Work
-from smolcluster.collectives.shards import Bucket, Piece, pieces_of, views_of
+from smolcluster.collectives.shards import Bucket, Piece, pieces_of, stripes_of, views_of
 from smolcluster.telemetry import GATHERS
 from smolcluster.transport.tensors import alias_of
 
@@ -35,15 +37,17 @@ class ShardedParameters:
     """The parameters of a model in buckets, of which this rank owns a part.
 
     Attributes:
+        params: the model's, by index; in place of a table what stands for it.
         buckets: their layout.
+        stripes: what travels at once: buckets, those of tables in several stripes.
         own: what this rank owns of each bucket, in the parameters' full precision: all of it in stage 0.
-        whole: each bucket as forward sees it; in stage 3 without memory while it is not gathered.
+        whole: each stripe as forward sees it; in stage 3 without memory while it is not gathered.
         pieces: what this rank owns of each parameter.
     """
 
     def __init__(
         self,
-        params: Sequence[nn.Parameter],
+        params: Sequence[Tensor],
         buckets: Sequence[Bucket],
         comm: Communicator,
         *,
@@ -63,6 +67,7 @@ class ShardedParameters:
         """
         self.params = list(params)
         self.buckets = list(buckets)
+        self.stripes = stripes_of(buckets)
         self.comm = comm
         self.is_divided = is_divided
         self.is_freed = is_freed
@@ -91,19 +96,24 @@ class ShardedParameters:
             sends_first: every rank takes rank 0's values. Every rank calls it then; blocks.
         """
         for number, bucket in enumerate(self.buckets):
-            device = self.params[bucket.places[0].index].device
-            flat = torch.zeros(self.comm.world_size * bucket.part, dtype=bucket.dtype, device=device)
-            with torch.no_grad():
-                given = values(bucket)
-                for index, view in views_of(bucket, flat).items():
-                    view.copy_(given[index])
-                del given
-            if sends_first:
-                self.comm.broadcast(flat).wait()
-            self._take(number, bucket, flat)
+            if bucket.is_table:
+                self._fill_table(number, bucket, values, sends_first)
+            else:
+                self._fill(number, bucket, values, sends_first)
 
-    def _take(self, number: int, bucket: Bucket, flat: Tensor) -> None:
-        dtype = self._half if bucket.halved and self._half is not None and self.is_divided else bucket.dtype
+    def _fill(
+        self, number: int, bucket: Bucket, values: Callable[[Bucket], Mapping[int, Tensor]], sends_first: bool
+    ) -> None:
+        device = self.params[bucket.places[0].index].device
+        flat = torch.zeros(self.comm.world_size * bucket.part, dtype=bucket.dtype, device=device)
+        with torch.no_grad():
+            given = values(bucket)
+            for index, view in views_of(bucket, flat).items():
+                view.copy_(given[index])
+            del given
+        if sends_first:
+            self.comm.broadcast(flat).wait()
+        dtype = self._dtype_of(bucket)
         own = flat
         if self.is_divided:
             own = flat[self.first * bucket.part : (self.first + 1) * bucket.part]
@@ -111,26 +121,62 @@ class ShardedParameters:
         if self.is_freed or dtype != bucket.dtype:
             own = own.clone()
             whole = torch.empty_like(flat, dtype=dtype) if self.is_freed else flat.to(dtype)
+        self._take(number, bucket, own)
+        self._add_whole(whole, views_of(bucket, whole))
+
+    def _fill_table(
+        self, number: int, bucket: Bucket, values: Callable[[Bucket], Mapping[int, Tensor]], sends_first: bool
+    ) -> None:
+        """The same, part by part: besides the values that are given there is no whole table, not even here."""
+        index = bucket.places[0].index
+        device = self.params[index].device
+        given = values(bucket)[index].detach().reshape(-1)
+        for rank in range(self.comm.world_size) if sends_first else (self.first,):
+            part = torch.zeros(bucket.part, dtype=bucket.dtype, device=device)
+            elements = given[rank * bucket.part : (rank + 1) * bucket.part]
+            part[: elements.numel()].copy_(elements)
+            if sends_first:
+                self.comm.broadcast(part).wait()
+            if rank == self.first:
+                self._take(number, bucket, part)
+        for stripe in self.stripes:
+            if stripe.bucket == number:
+                length = self.comm.world_size * stripe.length
+                self._add_whole(torch.empty(length, dtype=self._dtype_of(bucket), device=device), {})
+
+    def _dtype_of(self, bucket: Bucket) -> torch.dtype:
+        """In which forward sees it."""
+        return self._half if bucket.halved and self._half is not None and self.is_divided else bucket.dtype
+
+    def _take(self, number: int, bucket: Bucket, own: Tensor) -> None:
         self.own.append(own)
-        self.whole.append(whole)
         self.pieces += pieces_of(bucket, number, own, self.first * bucket.part)
-        self._views.append(views_of(bucket, whole))
+
+    def _add_whole(self, whole: Tensor, views: dict[int, Tensor]) -> None:
+        self.whole.append(whole)
+        self._views.append(views)
+        number = len(self.whole) - 1
         self.install(number)
         if self.is_freed:
             self.free(number)
 
+    def own_of(self, number: int) -> Tensor:
+        """What this rank owns of a stripe."""
+        stripe = self.stripes[number]
+        return self.own[stripe.bucket][stripe.start : stripe.start + stripe.length]
+
     def install(self, number: int) -> None:
-        """Point the parameters of a bucket at its whole."""
+        """Point the parameters of a stripe at its whole; a table has none."""
         for index, view in self._views[number].items():
             self.params[index].data = view
 
     def allocate(self, number: int) -> None:
-        """Give the whole bucket memory."""
+        """Give the whole stripe memory."""
         whole = self.whole[number]
         whole.untyped_storage().resize_(whole.nbytes)
 
     def free(self, number: int) -> None:
-        """Take the memory of the whole bucket away. Its parameters have no elements until the next `install`.
+        """Take the memory of the whole stripe away. Its parameters have no elements until the next `install`.
 
         What autograd has saved for backward are views of this very storage: they find it filled again by then.
         """
@@ -141,8 +187,8 @@ class ShardedParameters:
         whole.untyped_storage().resize_(0)
 
     def of_unit(self, unit: int) -> list[int]:
-        """The numbers of a unit's buckets."""
-        return [number for number, bucket in enumerate(self.buckets) if bucket.unit == unit]
+        """The numbers of a unit's stripes."""
+        return [number for number, stripe in enumerate(self.stripes) if stripe.unit == unit]
 
 
 class _State(enum.Enum):
@@ -153,7 +199,7 @@ class _State(enum.Enum):
 
 @dataclass(slots=True)
 class _Coming:
-    """A bucket that is being gathered."""
+    """A stripe that is being gathered."""
 
     number: int
     work: Work
@@ -169,9 +215,9 @@ class UnitGather:
 
     def __init__(self, shards: ShardedParameters, comm: Communicator) -> None:
         """Gather over `comm`: the same ranks, and best connections of its own."""
+        self.comm = comm
         self._shards = shards
-        self._comm = comm
-        units = range(max((bucket.unit for bucket in shards.buckets), default=0) + 1)
+        units = range(max((stripe.unit for stripe in shards.stripes), default=0) + 1)
         self._numbers = [shards.of_unit(unit) for unit in units]
         self._state = [_State.AWAY if shards.is_freed else _State.HERE for _ in units]
         self._coming: list[list[_Coming]] = [[] for _ in units]
@@ -197,14 +243,14 @@ class UnitGather:
         self._state[unit] = _State.COMING
         shards = self._shards
         for number in self._numbers[unit]:
-            whole, own = shards.whole[number], shards.own[number]
+            whole, own = shards.whole[number], shards.own_of(number)
             if shards.is_freed:
                 shards.allocate(number)
                 self._held_bytes += whole.nbytes
             # Not `whole` itself: who sends a tensor's bytes makes it keep its memory for good.
             target = alias_of(whole) if shards.is_freed and whole.is_cpu else whole
             issued = time.monotonic()
-            coming = _Coming(number, self._comm.all_gather(target, own.to(whole.dtype)), issued)
+            coming = _Coming(number, self.comm.all_gather(target, own.to(whole.dtype)), issued)
             coming.work.add_done_callback(coming.note_end)
             self._coming[unit].append(coming)
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
@@ -225,7 +271,7 @@ class UnitGather:
             item.work.wait()
         end = time.monotonic()
         if is_late:
-            self._comm.telemetry.record("comm_wait", start, end, details={"call": "all_gather"})
+            self.comm.telemetry.record("comm_wait", start, end, details={"call": "all_gather"})
         for item in coming:
             self._record(item, end)
         if self._shards.is_freed:
@@ -239,7 +285,7 @@ class UnitGather:
             details["group"], details["sequence"] = item.work.call_id
         started = max(item.issued, self._previous_end)  # one runs after the other
         ended = self._previous_end = max(started, end if item.ended is None else item.ended)
-        self._comm.telemetry.record("all_gather", started, ended, track=GATHERS, details=details)
+        self.comm.telemetry.record("all_gather", started, ended, track=GATHERS, details=details)
 
     def free(self, unit: int) -> None:
         """Let a unit go; one that is on its way is waited for. Without effect where all are kept."""
@@ -266,29 +312,54 @@ class UnitHooks:
     """Asks for a model's units as forward and backward reach them, each with its neighbour, and lets them go.
 
     The hooks belong to the modules, so that the model's own code stays as it is. The order is that of the units'
-    numbers; where a model runs through them in another one, the prefetch is of no use and nothing else changes.
+    numbers, and then that of `follow`; where a model runs through them in another one, the prefetch is of no use and
+    nothing else changes.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module], gather: UnitGather, *, frees: bool) -> None:
         """Hook into `modules`, those of the units 1, 2, … Unit 0 is there from the model's forward until `leave`."""
         self._gather = gather
         self._frees = frees
-        self._last = gather.units - 1
+        self._order = list(range(1, len(modules) + 1))
         self._is_backward = False
         model.register_forward_pre_hook(self._enter)
         for unit, module in enumerate(modules, start=1):
-            module.register_forward_pre_hook(self._before_forward(unit))
-            module.register_forward_hook(self._after_forward(unit))
+            module.register_forward_pre_hook(self._before_module(unit))
+            module.register_forward_hook(self._after_module(unit))
+
+    def follow(self, units: Sequence[int]) -> None:
+        """Forward goes on with these units after all others, from now on; without effect where it does already."""
+        if units[0] not in self._order:
+            if self._order and not self._is_backward:
+                self._gather.free(self._order[-1])  # it was kept as the last
+            self._order += units
 
     def prefetch(self) -> None:
         """Begin with what the next forward needs first."""
-        for unit in (REST, REST + 1) if self._frees else range(self._gather.units):
-            if unit <= self._last:
-                self._gather.start(unit)
+        for unit in (REST, *self._order[:1]) if self._frees else range(self._gather.units):
+            self._gather.start(unit)
+
+    def before_forward(self, unit: int) -> None:
+        """A unit is about to compute."""
+        self._gather.need(unit)
+        # A checkpointed unit runs forward once more within backward, which goes the other way.
+        if not self._is_backward:
+            self._start_neighbour(unit, 1)
+
+    def after_forward(self, unit: int, *, comes_back: bool) -> None:
+        """A unit has computed; `comes_back`: backward may need it."""
+        if self._frees and not (comes_back and unit == self._order[-1]):  # backward begins with the last
+            self._gather.free(unit)
+
+    def before_backward(self, unit: int) -> None:
+        """Backward has reached a unit."""
+        self._is_backward = True
+        self._gather.need(unit)
+        self._start_neighbour(unit, -1)
 
     def done(self, unit: int) -> None:
         """Backward has computed all that depends on a unit's parameters."""
-        if self._frees and unit > REST + 1:  # the first unit is what a next micro-batch begins with
+        if self._frees and unit not in (REST, *self._order[:1]):  # a next micro-batch begins with the first unit
             self._gather.free(unit)
 
     def leave(self) -> None:
@@ -301,43 +372,39 @@ class UnitHooks:
     def end_of_backward(self) -> None:
         """A backward is over and a forward with the same weights follows: what both need is kept."""
         self._is_backward = False
-        if self._frees:
-            for unit in range(2, self._gather.units):
-                self._gather.free(unit)
+        for unit in range(self._gather.units):
+            self.done(unit)
+
+    def _start_neighbour(self, unit: int, step: int) -> None:
+        place = self._order.index(unit) + step
+        if 0 <= place < len(self._order):
+            self._gather.start(self._order[place])
 
     def _enter(self, _module: nn.Module, _args: object) -> None:
         self._is_backward = False
-        self._gather.start(REST)
-        if self._last > REST:
-            self._gather.start(REST + 1)
+        for unit in (REST, *self._order[:1]):
+            self._gather.start(unit)
         self._gather.need(REST)
 
-    def _before_forward(self, unit: int) -> Callable[[nn.Module, object], None]:
+    def _before_module(self, unit: int) -> Callable[[nn.Module, object], None]:
         def before(_module: nn.Module, _args: object) -> None:
-            self._gather.need(unit)
-            # A checkpointed unit runs forward once more within backward, which goes the other way.
-            if unit < self._last and not self._is_backward:
-                self._gather.start(unit + 1)
+            self.before_forward(unit)
 
         return before
 
-    def _after_forward(self, unit: int) -> Callable[[nn.Module, object, Any], None]:
+    def _after_module(self, unit: int) -> Callable[[nn.Module, object, Any], None]:
         def after(_module: nn.Module, _args: object, output: Any) -> None:
             if self._is_backward:
                 return
             outputs = [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             for tensor in outputs:
-                tensor.register_hook(self._before_backward(unit))  # type: ignore[no-untyped-call]
-            if self._frees and not (unit == self._last and outputs):  # backward begins with the last
-                self._gather.free(unit)
+                tensor.register_hook(self._before_module_backward(unit))  # type: ignore[no-untyped-call]
+            self.after_forward(unit, comes_back=bool(outputs))
 
         return after
 
-    def _before_backward(self, unit: int) -> Callable[[Tensor], None]:
+    def _before_module_backward(self, unit: int) -> Callable[[Tensor], None]:
         def before(_grad: Tensor) -> None:
-            self._is_backward = True
-            self._gather.need(unit)
-            if unit > REST + 1:
-                self._gather.start(unit - 1)
+            self.before_backward(unit)
 
         return before

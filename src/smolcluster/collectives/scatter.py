@@ -12,6 +12,9 @@ One step, as an algorithm sees it:
     due.wait(); due.install()         now, or K steps later: the optimizer's parameters have their gradient
 
 Buckets leave in the order of the layout, never in that of the hooks, so that all ranks issue the same operations.
+
+A table's gradient (see rows.py) comes stripe by stripe where the model multiplies with it, and as single rows where it
+looks rows up. The first is summed like all others. The rows go straight to their owner, who adds them at the end.
 Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, sections 5.2 and 7.1.
 """
 
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from smolcluster.collectives.base import Codec, Communicator, Work
 from smolcluster.collectives.gather import ShardedParameters
-from smolcluster.collectives.shards import Placed
+from smolcluster.collectives.shards import Bucket, Placed, Stripe
 from smolcluster.errors import ConfigError
 from smolcluster.telemetry import BUCKETS
 
@@ -50,6 +53,25 @@ class _Leaving:
 
     def note_end(self, _work: Work) -> None:
         self.ended = time.monotonic()
+
+
+@dataclass(slots=True)
+class RowGradients:
+    """Gradients of single rows of a table, from all ranks, on their way to this one, which owns the rows.
+
+    Attributes:
+        index: the parameter's.
+        rows: for each rank, which of this rank's rows it looked up, each once.
+        grads: their gradients, one behind the other (all ranks' rows, D), when `work` is done.
+        work: the exchange.
+        has_grad: whether this rank has sent what is a gradient and not just zeros.
+    """
+
+    index: int
+    rows: list[Tensor]
+    grads: Tensor
+    work: Work
+    has_grad: bool
 
 
 class ShardedGradients:
@@ -81,8 +103,15 @@ class ShardedGradients:
         self._codec = codec
         self._on_done = on_done
         self._params = shards.params
-        self._numbers = [number for number, bucket in enumerate(shards.buckets) if bucket.trained]
-        self._place = {place.index: (n, place) for n in self._numbers for place in shards.buckets[n].places}
+        self._numbers = [n for n in range(len(shards.stripes)) if self._bucket(n).trained]
+        self._place: dict[int, tuple[int, Placed]] = {}
+        self._tables: dict[int, list[int]] = {}  # the stripes of each
+        for number in self._numbers:
+            for place in self._bucket(number).places:
+                if self._bucket(number).is_table:
+                    self._tables.setdefault(place.index, []).append(number)
+                else:
+                    self._place[place.index] = (number, place)
         # Parameters of each unit: frozen ones never get a gradient, so where there are such, none knows when backward
         # has done with them.
         self._units: dict[int, int] = {}
@@ -96,12 +125,13 @@ class ShardedGradients:
         self._spare: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._lent: set[int] = set()  # where buckets lie that are autograd's own tensors
         self._previous_end = 0.0
-        sizes = [self._length(number) * shards.own[number].element_size() for number in self._numbers]
+        sizes = [self._length(number) * self._bucket(number).dtype.itemsize for number in self._numbers]
         self._limit_bytes = BUCKETS_IN_FLIGHT * max(sizes, default=0) * sets
         self._whole_bytes = 0
         self.peak_bytes = 0  # of whole buckets that are not kept
         for index in self._place:
             self._params[index].register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
+        self._open()
 
     @property
     def kept(self) -> list[Tensor]:
@@ -115,6 +145,7 @@ class ShardedGradients:
         self._has_grad = [False] * len(self._params)  # in any micro-batch of this step
         self._has_sum = dict.fromkeys(self._numbers, False)  # a part that the next sum is added to
         self._overflowed: Tensor | None = None
+        self._rows: list[RowGradients] = []
         self._is_armed = False
         self._open()
 
@@ -125,28 +156,78 @@ class ShardedGradients:
     def flush(self) -> None:
         """End the backward of a micro-batch; after `arm`, what has got no gradient leaves as zeros."""
         if self._is_armed:
-            for number in self._numbers:
-                for place in self._shards.buckets[number].places:
-                    if not self._taken[place.index]:
-                        self._take(place.index)
+            for number in [n for numbers in self._tables.values() for n in numbers if self._missing[n]]:
+                flat, is_new = self.room(number)
+                if is_new:
+                    flat.zero_()
+                self._missing[number] = 0
+            for index in self._place:
+                if not self._taken[index]:
+                    self._take(index)
+            self._send_complete()
+            for send in self._look_ups:
+                self._rows.append(send())
+                self._has_grad[self._rows[-1].index] |= self._rows[-1].has_grad
         self._is_armed = False
         self._open()
 
     def end(self) -> StepShards:
         """The step's gradients, all of which are on their way."""
-        return StepShards(self, self._step, self._set, self._has_grad, self._overflowed)
+        for number in [n for numbers in self._tables.values() for n in numbers if not self._has_sum[n]]:
+            self._own_strip(self._set, number).zero_()
+        return StepShards(self, self._step, self._set, self._has_grad, self._overflowed, self._rows)
 
     def restore(self, step: int, has_grad: list[bool]) -> tuple[StepShards, dict[int, Tensor]]:
         """A step as a checkpoint has it, and this rank's parts of its gradients by bucket, zeros to be filled."""
         own = self._sets[step % len(self._sets)]
         for tensor in own.values():
             tensor.zero_()
-        return StepShards(self, step, own, has_grad, None), {n: self._own_part(own, n) for n in self._numbers}
+        return StepShards(self, step, own, has_grad, None, []), {n: self._own_part(own, n) for n in own}
 
     def collect(self, step: int) -> None:
         """Wait for all buckets of `step` and those before it."""
         while self._leaving and self._leaving[0].step <= step:
             self._collect_oldest()
+
+    def add_rows(self, kept: dict[int, Tensor], arriving: RowGradients) -> None:
+        """Wait for gradients of single rows and add them to this rank's part, in rank order."""
+        with self._comm.telemetry.span("comm_wait"):
+            arriving.work.wait()
+        number = self._shards.stripes[self._tables[arriving.index][0]].bucket
+        part = self._own_part(kept, number).view(-1, arriving.grads.shape[1])
+        for rows, grads in zip(
+            arriving.rows, torch.split(arriving.grads, [len(rows) for rows in arriving.rows]), strict=True
+        ):
+            part.index_add_(0, rows, grads)  # each row once: the order of additions is no device's to choose
+
+    # ---- tables: what rows.py computes
+
+    def expect(self, index: int) -> None:
+        """A forward multiplies with a table: backward will `give` each of its stripes a gradient."""
+        for number in self._tables[index]:
+            self._missing[number] += 1
+            self._is_expected[number] = True
+
+    def room(self, number: int) -> tuple[Tensor, bool]:
+        """Where the gradient of a stripe goes (N * length,), and whether it is new, of undefined values: else add."""
+        is_new = number not in self._filling
+        if is_new:
+            self._filling[number] = self._buffer(number)
+        return self._filling[number], is_new
+
+    def give(self, number: int) -> None:
+        """A gradient of a stripe is in its `room`; with the last one that is expected it leaves."""
+        self._has_grad[self._bucket(number).places[0].index] = True
+        self._missing[number] -= 1
+        if self._is_armed:
+            self._send_complete()
+
+    def remember(self, send: Callable[[], RowGradients]) -> None:
+        """Rows of a table were looked up: `flush` will send their gradients, in the order of the look-ups.
+
+        Not their backward: which of them has a gradient may differ from rank to rank.
+        """
+        self._look_ups.append(send)
 
     # ---- hooks
 
@@ -158,9 +239,12 @@ class ShardedGradients:
 
     def _open(self) -> None:
         self._taken = [False] * len(self._params)
-        self._missing = {n: len(self._shards.buckets[n].places) for n in self._numbers}
+        is_table = {n: self._bucket(n).is_table for n in self._numbers}
+        self._missing = {n: 0 if is_table[n] else len(self._bucket(n).places) for n in self._numbers}
+        self._is_expected = {n: not is_table[n] for n in self._numbers}
         self._missing_of_unit = dict(self._units)
         self._next = 0
+        self._look_ups: list[Callable[[], RowGradients]] = []
 
     def _take(self, index: int) -> None:
         """Move a parameter's gradient to its bucket; every bucket that is full with all before it leaves."""
@@ -174,22 +258,27 @@ class ShardedGradients:
         param = self._params[index]
         grad, param.grad = param.grad, None
         if self._keeps_whole:
-            self._put(self._set[number], place, grad, adds=self._has_grad[index])
+            self._put(self._set[self._stripe(number).bucket], place, grad, adds=self._has_grad[index])
         elif not self._use_as_bucket(number, grad):
             if number not in self._filling:
                 self._filling[number] = self._buffer(number)
             self._put(self._filling[number], place, grad, adds=False)
         self._has_grad[index] = self._has_grad[index] or grad is not None
         self._missing[number] -= 1
-        unit = self._shards.buckets[number].unit
+        unit = self._bucket(number).unit
         self._missing_of_unit[unit] -= 1
         if self._missing_of_unit[unit] == 0 and self._on_done is not None:
             self._on_done(unit)
-        if not self._is_armed:
-            return
+        if self._is_armed:
+            self._send_complete()
+
+    def _send_complete(self) -> None:
+        """Let go what is complete with all before it. A table that nobody multiplied with has nothing to send."""
         while self._next < len(self._numbers) and self._missing[self._numbers[self._next]] == 0:
+            number = self._numbers[self._next]
             self._next += 1
-            self._send(self._numbers[self._next - 1])
+            if self._is_expected[number]:
+                self._send(number)
 
     @staticmethod
     def _put(flat: Tensor, place: Placed, grad: Tensor | None, *, adds: bool) -> None:
@@ -204,8 +293,8 @@ class ShardedGradients:
 
     def _use_as_bucket(self, number: int, grad: Tensor | None) -> bool:
         """A gradient that fills its bucket alone need not be copied."""
-        own = self._shards.own[number]
-        if grad is None or grad.numel() != self._length(number) or grad.dtype != own.dtype or not grad.is_contiguous():
+        dtype = self._bucket(number).dtype
+        if grad is None or grad.numel() != self._length(number) or grad.dtype != dtype or not grad.is_contiguous():
             return False
         storage = grad.untyped_storage()
         if storage.data_ptr() in self._lent or storage.nbytes() != grad.nbytes:
@@ -216,7 +305,7 @@ class ShardedGradients:
         return True
 
     def _send(self, number: int) -> None:
-        flat = self._set[number] if self._keeps_whole else self._filling.pop(number)
+        flat = self._set[self._stripe(number).bucket] if self._keeps_whole else self._filling.pop(number)
         if self._codec is not None:
             # A codec may turn what is not finite into numbers, so each rank says so before it encodes.
             overflowed = ~torch.isfinite(flat.sum())
@@ -226,7 +315,7 @@ class ShardedGradients:
         if not self._shards.is_divided:
             work = self._comm.all_reduce(flat, codec=self._codec)
         else:
-            own = self._own_part(self._set, number)
+            own = self._own_strip(self._set, number)
             if self._has_sum[number]:
                 own = addend = torch.empty_like(own)
             self._has_sum[number] = not self._keeps_whole
@@ -248,7 +337,7 @@ class ShardedGradients:
             telemetry.record("comm_wait", start, end, leaving.step, details={"call": call})
         self._record(leaving, end)
         if leaving.addend is not None:
-            self._own_part(self._sets[leaving.step % len(self._sets)], leaving.number).add_(leaving.addend)
+            self._own_strip(self._sets[leaving.step % len(self._sets)], leaving.number).add_(leaving.addend)
         if leaving.buffer is not None:
             self._whole_bytes -= leaving.buffer.nbytes
             if leaving.buffer.data_ptr() in self._lent:
@@ -268,27 +357,42 @@ class ShardedGradients:
     # ---- memory
 
     def _new_set(self) -> dict[int, Tensor]:
-        """One step's gradients: whole buckets, or this rank's parts of them."""
-        own = self._shards.own
-        length = {n: self._length(n) if self._keeps_whole else own[n].numel() for n in self._numbers}
-        return {n: torch.zeros(length[n], dtype=own[n].dtype, device=own[n].device) for n in self._numbers}
+        """One step's gradients by bucket: whole ones, or this rank's parts of them."""
+        own = {n: tensor for n, tensor in enumerate(self._shards.own) if self._shards.buckets[n].trained}
+        copies = self._comm.world_size if self._keeps_whole and self._shards.is_divided else 1
+        return {n: torch.zeros(copies * t.numel(), dtype=t.dtype, device=t.device) for n, t in own.items()}
+
+    def _stripe(self, number: int) -> Stripe:
+        return self._shards.stripes[number]
+
+    def _bucket(self, number: int) -> Bucket:
+        """That of a stripe."""
+        return self._shards.buckets[self._stripe(number).bucket]
 
     def _own_part(self, kept: dict[int, Tensor], number: int) -> Tensor:
+        """What this rank owns of a bucket."""
         part, first = self._shards.buckets[number].part, self._shards.first
         if self._keeps_whole and self._shards.is_divided:
             return kept[number][first * part : (first + 1) * part]
         return kept[number]
 
+    def _own_strip(self, kept: dict[int, Tensor], number: int) -> Tensor:
+        """What this rank owns of a stripe."""
+        stripe = self._stripe(number)
+        return self._own_part(kept, stripe.bucket)[stripe.start : stripe.start + stripe.length]
+
     def _length(self, number: int) -> int:
-        return self._comm.world_size * self._shards.buckets[number].part
+        return self._comm.world_size * self._stripe(number).length
 
     def _buffer(self, number: int) -> Tensor:
-        """Memory for a whole bucket, its padding zero."""
-        own, length = self._shards.own[number], self._length(number)
-        self._make_room(length * own.element_size())
-        spare = self._spare.get((length, own.dtype))
-        buffer = spare.pop() if spare else torch.empty(length, dtype=own.dtype, device=own.device)
-        buffer[self._shards.buckets[number].used :].zero_()
+        """Memory for a whole stripe, its padding zero; of a table all is left as it is."""
+        bucket, length = self._bucket(number), self._length(number)
+        self._make_room(length * bucket.dtype.itemsize)
+        spare = self._spare.get((length, bucket.dtype))
+        device = self._shards.own[self._stripe(number).bucket].device
+        buffer = spare.pop() if spare else torch.empty(length, dtype=bucket.dtype, device=device)
+        if not bucket.is_table:
+            buffer[bucket.used :].zero_()
         return buffer
 
     def _make_room(self, nbytes: int) -> None:
@@ -313,12 +417,14 @@ class StepShards:
         kept: dict[int, Tensor],
         has_grad: list[bool],
         overflowed: Tensor | None,
+        rows: list[RowGradients],
     ) -> None:
         self.step = step
         self.has_grad = has_grad
         self._gradients = gradients
         self._kept = kept
         self._overflowed = overflowed
+        self._rows = rows
 
     @property
     def overflowed(self) -> bool:
@@ -332,6 +438,8 @@ class StepShards:
             PeerLost: a rank is gone.
         """
         self._gradients.collect(self.step)
+        while self._rows:
+            self._gradients.add_rows(self._kept, self._rows.pop(0))
 
     def grads(self) -> list[Tensor]:
         """The gradient of each of this rank's trained pieces, as a view."""

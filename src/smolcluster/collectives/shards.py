@@ -7,12 +7,19 @@ reduce-scatter leaves each rank the gradient of its own part, and an all-gather 
     unit blocks.0     | qkv.weight              | up.weight | up.bias, norm.weight, ... 000 |   three buckets
     owned by rank     | 0   | 1     | 2         | 0 | 1 | 2 | 0       | 1       | 2         |   of 3 ranks
 
+A table is a matrix that shall be whole nowhere, such as a large embedding. Rank r owns rows [r * Q, (r + 1) * Q) of it,
+and it travels in stripes: of every rank's rows the next few. Other buckets are one stripe.
+
+    table             | a a b b c       | a a b b c       | a a b b 0       |   stripes a, b, c: each is a unit
+    owned by rank     | 0               | 1               | 2               |
+
 Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 5; Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277,
 section 3.2.1 (flat parameters).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,6 +53,8 @@ class Bucket:
         places: its parameters.
         used: elements without the padding.
         part: elements that a rank owns; `world_size * part` is the length.
+        strip: elements of a rank's part that travel at once.
+        is_table: whether it holds a table, which nobody has whole; its stripes are units from `unit` on.
     """
 
     unit: int
@@ -55,42 +64,86 @@ class Bucket:
     places: tuple[Placed, ...]
     used: int
     part: int
+    strip: int
+    is_table: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stripe:
+    """What travels at once: of every rank's part of a bucket the `length` elements from `start` on.
+
+    Attributes:
+        unit: the number of the unit that it is gathered with.
+        bucket: number of the bucket.
+        start: where it begins in each part.
+        length: elements of each part.
+    """
+
+    unit: int
+    bucket: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What the layout needs to know of a parameter, which may be on the meta device."""
+    """What the layout needs to know of a parameter, which may be on the meta device.
+
+    `strip_rows`: of a table, the rows of each rank that travel at once; 0: it is none. A table's unit is its first.
+    """
 
     unit: int
     shape: torch.Size
     dtype: torch.dtype
     trained: bool = True
     halved: bool = False
+    strip_rows: int = 0
 
 
 def plan_shards(params: Sequence[Described], bucket_bytes: int, world_size: int) -> list[Bucket]:
     """Which parameters share a bucket, in the order in which backward completes them: from the last to the first.
 
-    Within a unit large parameters come first and small ones (SMALL_ELEMENTS) together at the end. The same on every
-    rank, as it depends on the arguments only.
+    Tables come first, wherever they are in the model: it ends with a projection. Within a unit large parameters come
+    first and small ones (SMALL_ELEMENTS) together at the end. The same on every rank, as it depends on the arguments
+    only.
 
     Args:
         params: in the model's order.
         bucket_bytes: no bucket holds more, unless one parameter does.
         world_size: ranks that each own a part.
     """
-    buckets: list[Bucket] = []
-    end = len(params)
-    while end > 0:
-        start = end - 1
-        while start > 0 and params[start - 1].unit == params[end - 1].unit:
-            start -= 1
-        run = list(reversed(range(start, end)))
-        large = [index for index in run if params[index].shape.numel() >= SMALL_ELEMENTS]
-        small = [index for index in run if params[index].shape.numel() < SMALL_ELEMENTS]
-        buckets += _fill(params, [*large, *small], bucket_bytes, world_size)
-        end = start
+    backwards = range(len(params) - 1, -1, -1)
+    buckets = [_bucket(params, [index], world_size) for index in backwards if params[index].strip_rows]
+    plain = [index for index in backwards if not params[index].strip_rows]
+    for _, run in itertools.groupby(plain, key=lambda index: params[index].unit):
+        order = sorted(run, key=lambda index: params[index].shape.numel() < SMALL_ELEMENTS)
+        buckets += _fill(params, order, bucket_bytes, world_size)
     return buckets
+
+
+def divide_table(rows: int, row_bytes: int, stripe_bytes: int, world_size: int) -> tuple[int, int]:
+    """Into how many stripes a table falls, and how many rows of each rank's part are in each; in the last perhaps less.
+
+    Args:
+        rows: of the table.
+        row_bytes: of one row.
+        stripe_bytes: no stripe has more, unless a row of each rank has.
+        world_size: ranks that each own a part.
+    """
+    own = -(-rows // world_size)
+    stripes = -(-own // max(1, stripe_bytes // (row_bytes * world_size)))
+    strip_rows = -(-own // stripes)
+    return -(-own // strip_rows), strip_rows
+
+
+def stripes_of(buckets: Sequence[Bucket]) -> list[Stripe]:
+    """What travels at once, in the order in which backward completes it: of a table the last stripe first."""
+    stripes = []
+    for number, bucket in enumerate(buckets):
+        starts = range(0, bucket.part, bucket.strip)
+        for unit, start in reversed(list(enumerate(starts, bucket.unit))):
+            stripes.append(Stripe(unit, number, start, min(bucket.strip, bucket.part - start)))
+    return stripes
 
 
 def _fill(params: Sequence[Described], order: Sequence[int], bucket_bytes: int, world_size: int) -> list[Bucket]:
@@ -117,8 +170,13 @@ def _bucket(params: Sequence[Described], indices: Sequence[int], world_size: int
         places.append(Placed(index, offset, shape.numel(), shape))
         offset += shape.numel()
     first = params[indices[0]]
-    part = max(1, -(-offset // world_size))
-    return Bucket(first.unit, first.dtype, first.trained, first.halved, tuple(places), offset, part)
+    if first.strip_rows:
+        rows, width = first.shape
+        part, strip = -(-rows // world_size) * width, first.strip_rows * width
+    else:
+        part = strip = max(1, -(-offset // world_size))
+    is_table = first.strip_rows > 0
+    return Bucket(first.unit, first.dtype, first.trained, first.halved, tuple(places), offset, part, strip, is_table)
 
 
 @dataclass(frozen=True, slots=True)

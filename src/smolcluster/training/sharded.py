@@ -6,6 +6,7 @@ whole. So a checkpoint of N ranks is read by M, and one of `fsdp` by `classicdp`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.gather import ShardedParameters
+from smolcluster.collectives.rows import RowWeight
 from smolcluster.collectives.scatter import ShardedGradients, StepShards
-from smolcluster.collectives.shards import Bucket, Described, Piece, plan_shards
+from smolcluster.collectives.shards import Bucket, Described, Piece, divide_table, plan_shards
 from smolcluster.errors import CheckpointError, CollectiveMismatch, ConfigError
 from smolcluster.kinds import Precision
 from smolcluster.models.partition import Unit
@@ -58,8 +60,9 @@ def make_shards(
     by_id = {id(param): name for name, param in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     aliases = {name: by_id[id(param)] for name, param in every if name != by_id[id(param)]}
-    described = _describe(model, units, names, precision)
-    params, given = _replace_parameters(model, device, described)
+    tables = _find_tables(model, units, precision, bucket_bytes, comm.world_size) if is_freed else {}
+    described, drawn = _describe(model, units, tables, precision)
+    params, given = _replace_parameters(model, device, names, described)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -76,47 +79,90 @@ def make_shards(
     half = AUTOCAST_DTYPES.get(precision)
     buckets = plan_shards(described, bucket_bytes, comm.world_size)
     shards = ShardedParameters(params, buckets, comm, is_divided=is_divided, is_freed=is_freed, half=half)
-    source = _Values(units, names, given, values)
+    source = _Values(drawn, names, given, values)
     # Parameters that every rank draws alike, and keeps but a part of, need not travel.
     shards.fill(source.of_bucket, sends_first=values is None or not is_freed)
     return names, aliases, shards
 
 
-def _describe(model: nn.Module, units: Sequence[Unit], names: Sequence[str], precision: Precision) -> list[Described]:
+def _find_tables(
+    model: nn.Module, units: Sequence[Unit], precision: Precision, bucket_bytes: int, world_size: int
+) -> dict[str, tuple[int, int]]:
+    """The matrices of embeddings and linear layers in the rest of the model that are larger than any other unit.
+
+    Such as a token embedding or a head. Each with what `divide_table` says, for stripes of the largest unit's size.
+    """
+    sizes = {name: param.numel() * _dtype_of(param, precision).itemsize for name, param in model.named_parameters()}
+    largest = max([bucket_bytes, *(sum(sizes[name] for name in unit.parameters) for unit in units[1:])])
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            owners.setdefault(id(param), []).append(module)
+    found = {}
+    for name in units[0].parameters:
+        param = model.get_parameter(name)
+        is_known = all(isinstance(owner, nn.Embedding | nn.Linear) for owner in owners[id(param)])
+        if is_known and param.dim() == 2 and sizes[name] > largest:
+            rows = param.shape[0]
+            found[name] = divide_table(rows, sizes[name] // rows, largest, world_size)
+    return found
+
+
+def _describe(
+    model: nn.Module, units: Sequence[Unit], tables: Mapping[str, tuple[int, int]], precision: Precision
+) -> tuple[list[Described], dict[int, Unit]]:
+    """All parameters; and by the number of its first unit what is drawn or loaded at once, tables by themselves."""
     unit_of = {name: number for number, unit in enumerate(units) for name in unit.parameters}
+    rest = tuple(name for name in units[0].parameters if name not in tables)
+    drawn = dict(enumerate([dataclasses.replace(units[0], parameters=rest), *units[1:]]))
+    next_unit = len(units)
     described = []
     for name, param in model.named_parameters():
+        dtype = _dtype_of(param, precision)
+        if name in tables:
+            stripes, rows = tables[name]
+            # Only projections gather it, and autocast casts it in each.
+            described.append(Described(next_unit, param.shape, dtype, param.requires_grad, True, rows))
+            drawn[next_unit] = Unit("", model, (name,))
+            next_unit += stripes
+            continue
         owner = model.get_submodule(name.rpartition(".")[0])
         is_cast = isinstance(owner, _CAST_MODULES) or type(owner).__name__ in _CAST_CLASSES
-        dtype = torch.float64 if precision == "fp64" and param.is_floating_point() else param.dtype
         halved = is_cast and param.dim() >= 2 and unit_of[name] > 0
         described.append(Described(unit_of[name], param.shape, dtype, param.requires_grad, halved))
-    return described
+    return described, drawn
+
+
+def _dtype_of(param: Tensor, precision: Precision) -> torch.dtype:
+    return torch.float64 if precision == "fp64" and param.is_floating_point() else param.dtype
 
 
 def _replace_parameters(
-    model: nn.Module, device: torch.device | str, described: Sequence[Described]
-) -> tuple[list[nn.Parameter], dict[int, Tensor]]:
+    model: nn.Module, device: torch.device | str, names: Sequence[str], described: Sequence[Described]
+) -> tuple[list[Tensor], dict[int, Tensor]]:
     """New parameters without elements in the model's place, on its device; and what the old ones hold, by index."""
     old = list(model.parameters())
-    made = {
-        id(param): nn.Parameter(torch.empty(0, dtype=like.dtype, device=device), requires_grad=param.requires_grad)
-        for param, like in zip(old, described, strict=True)
-    }
+    made: dict[int, Any] = {}
+    for name, param, like in zip(names, old, described, strict=True):
+        if like.strip_rows:
+            made[id(param)] = RowWeight(name, like.shape, like.dtype, device, like.trained)
+        else:
+            empty = torch.empty(0, dtype=like.dtype, device=device)
+            made[id(param)] = nn.Parameter(empty, requires_grad=like.trained)
     given = {index: param.detach() for index, param in enumerate(old)}
     for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is not None:
-                module._parameters[name] = made[id(param)]
+        for name, held in module._parameters.items():
+            if held is not None:
+                module._parameters[name] = made[id(held)]
     return [made[id(param)] for param in old], given
 
 
 class _Values:
-    """The initial values, bucket by bucket, and let go as soon as they were asked for."""
+    """The initial values, bucket by bucket, and let go as soon as they were asked for. Of a table, all at once."""
 
     def __init__(
         self,
-        units: Sequence[Unit],
+        units: Mapping[int, Unit],
         names: Sequence[str],
         given: dict[int, Tensor],
         values: Callable[[Unit], Mapping[str, Tensor]] | None,
