@@ -118,9 +118,9 @@ def _shard(model: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, *, 
     """fully_shard on each unit, then on the model; `frees`: units are freed after their forward."""
     # None is its default: True, but for the model itself, with which backward begins.
     reshards = None if frees else False
-    params = dict(model.named_parameters())
     for unit in split_into_units(model)[1:]:
-        # What units share belongs to the rest; fully_shard would give it to the first of them, and then refuse.
-        shared = set(unit.module.parameters()) - {params[name] for name in unit.parameters}
-        fully_shard(unit.module, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy, ignored_params=shared)
+        # What shares a parameter with another unit, or is a list in a list, is refused, and so stays with the rest.
+        owns_all = len(list(unit.module.parameters())) == len(unit.parameters)
+        if owns_all and type(unit.module).forward is not nn.Module.forward:
+            fully_shard(unit.module, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
     return fully_shard(model, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)

@@ -91,7 +91,7 @@ def _meet(job: JsonObject, config: Config, rank: int, world_size: int) -> Commun
 def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
     names = [f"rank{rank}" for rank in range(comm.world_size)]
     parts = prepare(config, comm.rank, names, local_rank=comm.rank)
-    initial = copy.deepcopy(parts.model)
+    initial = copy.deepcopy(parts.model) if parts.values is None else _whole_model(parts, names)
     ours = assemble(parts, comm)
     with ours.loader as loader:
         steps_of_data = [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, ours.steps))]
@@ -101,7 +101,8 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
     if with_torch:
         _add_torch(contestants, job, parts, initial, comm)
     elif against == "single":
-        single = replace(parts, model=copy.deepcopy(initial), config=config.model_copy(update={"algorithm": "single"}))
+        config_alone = config.model_copy(update={"algorithm": "single"})
+        single = replace(parts, model=copy.deepcopy(initial), values=None, config=config_alone)
         step = _strategy_step(assemble(single, alone()).strategy)
         contestants["against"] = Contestant(step, takes_part=comm.rank == 0)
     blocks = _Blocks(steps_of_data, comm, parts.device, cast("int", job["warmup_steps"]))
@@ -116,6 +117,7 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
         seconds_and_tokens = {name: blocks.run(contestants[name], steps) for name in order}
         pairs.append({name: [*seconds_and_tokens[name]] for name in contestants})
     losses = {name: _mean(comm.exchange(contestant.loss)) for name, contestant in contestants.items()}
+    ours.strategy.finish()  # what is still on its way is sent as well
     sent_bytes = comm.telemetry.counter("link/sent_bytes")
     if with_torch:
         comm.barrier()
@@ -128,6 +130,12 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
         "losses": cast("JsonObject", losses),
         "sent_bytes": sent_bytes,
     }
+
+
+def _whole_model(parts: Parts, names: Sequence[str]) -> torch.nn.Module:
+    """What stage 3 builds without values, with them."""
+    cluster = parts.config.cluster.model_copy(update={"fsdp_stage": 0})
+    return prepare(parts.config.model_copy(update={"cluster": cluster}), parts.rank, names).model
 
 
 def _add_torch(
@@ -145,7 +153,7 @@ def _add_torch(
     contestants["against"] = Contestant(make(copy.deepcopy(initial), config, parts.device).train_step)
     if not job["exposed"]:
         return
-    ours_alone = assemble(replace(parts, model=copy.deepcopy(initial)), alone())
+    ours_alone = assemble(replace(parts, model=copy.deepcopy(initial), values=None), alone())
     against_alone = make(copy.deepcopy(initial), config, parts.device, communicates=False)
     contestants["ours_alone"] = Contestant(_strategy_step(ours_alone.strategy))
     contestants["against_alone"] = Contestant(against_alone.train_step)
