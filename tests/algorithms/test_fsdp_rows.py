@@ -465,6 +465,7 @@ def test_no_rank_holds_more_than_two_units_and_the_rest(build: Callable[[int], n
         strategy = FSDP(build(0), ADAMW, comm, stage=3, precision="fp64", bucket_bytes=1024)
         for step in range(case.steps):
             strategy.train_step(case.rank_batches(step, comm.rank, 3))
+            assert strategy._gradients.peak_bytes <= 2 * max(tensor.nbytes for tensor in strategy._shards.whole)
         strategy.eval_step(Batch(*case.samples()))
         strategy.finish()
         shards = strategy._shards

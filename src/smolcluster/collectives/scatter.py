@@ -195,10 +195,9 @@ class ShardedGradients:
             arriving.work.wait()
         number = self._shards.stripes[self._tables[arriving.index][0]].bucket
         part = self._own_part(kept, number).view(-1, arriving.grads.shape[1])
-        for rows, grads in zip(
-            arriving.rows, torch.split(arriving.grads, [len(rows) for rows in arriving.rows]), strict=True
-        ):
-            part.index_add_(0, rows, grads)  # each row once: the order of additions is no device's to choose
+        grads = torch.split(arriving.grads, [len(rows) for rows in arriving.rows])
+        for rows, theirs in zip(arriving.rows, grads, strict=True):
+            part.index_add_(0, rows, theirs)  # each row once: the order of additions is no device's to choose
 
     # ---- tables: what rows.py computes
 

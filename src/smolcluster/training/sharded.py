@@ -50,6 +50,8 @@ def make_shards(
 ) -> tuple[list[str], dict[str, str], ShardedParameters]:
     """Move a model to its device and lay its parameters out in buckets. Every rank calls it; blocks.
 
+    With `is_freed` the embeddings and heads that are larger than any unit become tables: see collectives/rows.py.
+
     Returns:
         The names of all parameters; for each further name of a tied one its first name; and the parameters.
 
