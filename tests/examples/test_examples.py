@@ -95,6 +95,15 @@ def test_a_run_that_waits_for_nobody_can_be_repeated(capsys: pytest.CaptureFixtu
     assert float(replayed.split()[-1]) < 1e-11  # float64, and the sums are made in the same order
 
 
+def test_all_stages_of_fsdp_learn_the_same_in_less_and_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [line.split() for line in run_here("fsdp_memory.py", capsys).splitlines()]
+    assert [int(row[1]) for row in words] == [0, 1, 2, 3]
+    assert len({row[3] for row in words}) == 1, "another loss in another stage"
+    totals = [int(row[5]) + int(row[8]) + int(row[11]) for row in words]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[3] < 0.5 * totals[0]
+
+
 def test_the_output_on_the_pages_is_the_examples_own(capsys: pytest.CaptureFixture[str]) -> None:
     alone = run_here("classicdp_by_hand.py", capsys)
     assert alone in (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")

@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CLASSICDP_TESTS = ("tests/algorithms/test_classicdp.py",)
 INT8_TESTS = ("tests/collectives/test_int8.py",)
+FSDP_TESTS = ("tests/algorithms/test_fsdp.py",)
+ROWS_TESTS = ("tests/algorithms/test_fsdp_rows.py",)
 SINGLE_TESTS = ("tests/algorithms/test_single.py",)
 
 
@@ -132,6 +134,59 @@ MUTANTS = (
         "grad_norm = clip_gradients(self._params, self._grad_clip_norm, correction)",
         "grad_norm = clip_gradients(self._params, None, correction)",
         SINGLE_TESTS,
+    ),
+    Mutant(
+        "fsdp: what was gathered never expires",
+        "algorithms/fsdp.py",
+        """            if self._stage >= 1:
+                self._gather.expire()
+        # Stages""",
+        "        # Stages",
+        FSDP_TESTS,
+    ),
+    Mutant(
+        "fsdp: stale parameters are gathered",
+        "collectives/gather.py",
+        "            whole, own = shards.whole[number], shards.own_of(number)\n",
+        "            whole, own = shards.whole[number], shards.own_of(number)\n"
+        "            own = self.__dict__.setdefault('first', {}).setdefault(number, own.clone())\n",
+        FSDP_TESTS,
+    ),
+    Mutant(
+        "fsdp: sums of micro-batches are added twice",
+        "collectives/scatter.py",
+        "leaving.number).add_(leaving.addend)",
+        "leaving.number).add_(leaving.addend).add_(leaving.addend)",
+        FSDP_TESTS,
+    ),
+    Mutant(
+        "fsdp: gradients are scattered twice",
+        "collectives/scatter.py",
+        "            work = self._comm.reduce_scatter(own, flat, codec=self._codec)\n",
+        "            work = self._comm.reduce_scatter(own, flat.add_(flat), codec=self._codec)\n",
+        FSDP_TESTS,
+    ),
+    Mutant(
+        "fsdp: the norm of the own part only",
+        "training/sharded.py",
+        "    loss_sum, count, samples, planned, nonfinite, votes, *each = total.tolist()\n",
+        "    loss_sum, count, samples, planned, nonfinite, votes, *each = total.tolist()\n"
+        "    each[: len(squares)] = squares\n",
+        FSDP_TESTS,
+    ),
+    Mutant(
+        "fsdp: the last micro-batch only",
+        "algorithms/fsdp.py",
+        "            if self._stage >= 2 or is_last:\n",
+        "            if is_last:\n",
+        FSDP_TESTS,
+    ),
+    Mutant(
+        "fsdp: rows that were looked up give no gradient",
+        "collectives/scatter.py",
+        "            part.index_add_(0, rows, theirs)",
+        "            part.index_add_(0, rows, theirs * 0)",
+        ROWS_TESTS,
     ),
 )
 

@@ -10,10 +10,10 @@ Idea      Data parallelism keeps everything N times: parameters, gradients, and 
           is divided by rows and never whole (rows.py). What is computed is the same in all stages.
 Step      1 zero_grad  2 forward/backward of each micro-batch: gathers (3), sums gradients to their owners (2, 3)
           3 sum gradients to their owners (1), or to all (0)  4 optimizer.step on the own part, gather parameters (1, 2)
-Cost      S = bytes of all parameters, M = micro-batches, N = ranks, U = those of all units but the rest of the model,
-          L of the last unit. Each rank sends per step (N-1)/N times: stage 0 and 1 2 S, stage 2 (M + 1) S, stage 3
-          M S + (S - U) + M (2 U - L), and less for the first unit in all micro-batches but the first. A matrix that
-          is divided by rows is part of U, its last stripe is L; if it only looks rows up, those are all that is sent.
+Cost      S = bytes of all parameters, U = of its units, F of the first, L of the last one; M = micro-batches, N = ranks.
+          Each rank sends per step (N-1)/N times: stages 0 and 1 2 S, stage 2 (M + 1) S, stage 3 M S for gradients and
+          (S - U) + 2 M U - M L - (M - 1) F for parameters. Of a matrix that is divided by rows each stripe is a unit,
+          the last one L; where the model only looks rows up in it, these rows are all that is sent.
           Memory with fp32 AdamW: 16 S/4; 8 + 8/N; 4 + 12/N; 16/N bytes per parameter, in stages 2 and 3 with two
           buckets of gradients more, in stage 3 with the rest and two units.
 Staleness K = 0: as plain training. K > 0: a gradient is applied K steps late, on all ranks alike, and its sums have
