@@ -2,7 +2,8 @@
 
     python examples/fsdp_memory.py
 
-Between machines the strategy is the same: take `smol.connect()` as communicator, or `smolcluster train --algorithm fsdp`.
+Between machines the strategy is the same, with `smol.connect()` as communicator; `smolcluster train --algorithm fsdp`
+is the whole loop.
 """
 
 from __future__ import annotations

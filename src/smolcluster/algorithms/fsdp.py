@@ -10,12 +10,12 @@ Idea      Data parallelism keeps everything N times: parameters, gradients, and 
           is divided by rows and never whole (rows.py). What is computed is the same in all stages.
 Step      1 zero_grad  2 forward/backward of each micro-batch: gathers (3), sums gradients to their owners (2, 3)
           3 sum gradients to their owners (1), or to all (0)  4 optimizer.step on the own part, gather parameters (1, 2)
-Cost      S = bytes of all parameters, U = of its units, F of the first, L of the last one; M = micro-batches, N = ranks.
+Cost      S = bytes of all parameters, U = of its units, F of the first, L of the last; M = micro-batches, N = ranks.
           Each rank sends per step (N-1)/N times: stages 0 and 1 2 S, stage 2 (M + 1) S, stage 3 M S for gradients and
           (S - U) + 2 M U - M L - (M - 1) F for parameters. Of a matrix that is divided by rows each stripe is a unit,
           the last one L; where the model only looks rows up in it, these rows are all that is sent.
-          Memory with fp32 AdamW: 16 S/4; 8 + 8/N; 4 + 12/N; 16/N bytes per parameter, in stages 2 and 3 with two
-          buckets of gradients more, in stage 3 with the rest and two units.
+          Memory with fp32 AdamW: 16, 8 + 8/N, 4 + 12/N or 16/N bytes per parameter; in stages 2 and 3 also 2 (K + 1)
+          buckets of gradients, in stage 3 also the rest and two units.
 Staleness K = 0: as plain training. K > 0: a gradient is applied K steps late, on all ranks alike, and its sums have
           the time; each step keeps its gradients (their part, from stage 2 on). Parameters are never late.
 Breaks if links are slow: stage 3 sends up to half as much again as stage 1. Every rank waits for the slowest: edp.
@@ -25,6 +25,7 @@ Try       smolcluster train --preset fsdp_gpt --local 3 --override cluster.fsdp_
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ from smolcluster.collectives.gather import UnitGather, UnitHooks
 from smolcluster.collectives.rows import connect_tables
 from smolcluster.collectives.scatter import ShardedGradients, StepShards
 from smolcluster.data.batch import Batch
+from smolcluster.errors import ConfigError
 from smolcluster.kinds import Compression, Precision
 from smolcluster.models.partition import Unit, split_into_units
 from smolcluster.training.optim import OptimizerFactory
@@ -67,6 +69,7 @@ from smolcluster.training.step import (
     as_batches,
     count_targets,
     evaluate_batch,
+    evaluating,
     filled,
     forward_backward,
     is_applicable,
@@ -125,6 +128,8 @@ class FSDP:
             values: the parameters of a unit by name, where the model's lie on the meta device: the whole of it is then
                 on no rank. The same on every rank.
         """
+        if stage not in (0, 1, 2, 3):
+            raise ConfigError(f"stage is {stage}; ZeRO has stages 0, 1, 2 and 3")
         shares_optimizer, shares_gradients, shares_parameters = stage >= 1, stage >= 2, stage >= 3
         self._model = model
         self._comm = comm
@@ -142,7 +147,9 @@ class FSDP:
         )
         pieces = [piece for piece in self._shards.pieces if piece.param.requires_grad]
         self._pieces = pieces
-        self._optimizer = optimizer_factory([piece.param for piece in pieces])
+        # Where there is less than one element for each rank, some own nothing; optimizers want something to step.
+        owned = [piece.param for piece in pieces] or [nn.Parameter(torch.empty(0, device=device))]
+        self._optimizer = optimizer_factory(owned)
         # Gathers have connections of their own: what forward and backward wait for must not queue behind gradients.
         lane = comm.split(range(comm.world_size), "gather") if shares_optimizer else comm
         assert lane is not None
@@ -155,6 +162,7 @@ class FSDP:
             codec=codec_for(compression),
             sets=staleness_bound + 1,
             on_done=self._hooks.done,
+            is_here=self._gather.is_here,
         )
         # A large embedding or head is never whole in stage 3: see rows.py.
         connect_tables(self._shards, self._gather, self._hooks, self._gradients)
@@ -173,7 +181,7 @@ class FSDP:
 
     @property
     def model(self) -> nn.Module:
-        """The model, with all parameters up to date; in stage 3 without them."""
+        """The model, with all parameters up to date; in stage 3 without them. There every rank has to call it."""
         self._gather.settle()
         return self._model
 
@@ -224,11 +232,13 @@ class FSDP:
         return self._apply(self._under_way.popleft())
 
     def _forward_backward(self, batch: Batch, scale: float) -> Tensor:
-        if self._stage == 3 and not batch.samples:
+        is_empty = self._stage == 3 and not batch.samples
+        if is_empty:
             batch = filled(batch)  # the other ranks gather, and wait for this rank's parts
-        return forward_backward(
-            self._model, [batch], scale, self._precision, device=self._device, telemetry=self._comm.telemetry
-        )
+        with evaluating(self._model) if is_empty else contextlib.nullcontext():
+            return forward_backward(
+                self._model, [batch], scale, self._precision, device=self._device, telemetry=self._comm.telemetry
+            )
 
     def _apply(self, due: _StepUnderWay) -> StepResult:
         """Wait for this rank's part of the sum, agree on its norm, clip, step, and let all have the new parameters."""

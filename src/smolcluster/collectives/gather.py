@@ -27,6 +27,7 @@ from torch.utils import _pytree
 
 from smolcluster.collectives.base import Communicator, Work
 from smolcluster.collectives.shards import Bucket, Piece, pieces_of, stripes_of, views_of
+from smolcluster.errors import ConfigError
 from smolcluster.telemetry import GATHERS
 from smolcluster.transport.tensors import alias_of
 
@@ -202,6 +203,7 @@ class _Coming:
     """A stripe that is being gathered."""
 
     number: int
+    whole: Tensor  # kept as long as bytes may arrive
     work: Work
     issued: float
     ended: float | None = None
@@ -250,7 +252,7 @@ class UnitGather:
             # Not `whole` itself: who sends a tensor's bytes makes it keep its memory for good.
             target = alias_of(whole) if shards.is_freed and whole.is_cpu else whole
             issued = time.monotonic()
-            coming = _Coming(number, self.comm.all_gather(target, own.to(whole.dtype)), issued)
+            coming = _Coming(number, whole, self.comm.all_gather(target, own.to(whole.dtype)), issued)
             coming.work.add_done_callback(coming.note_end)
             self._coming[unit].append(coming)
         self.peak_bytes = max(self.peak_bytes, self._held_bytes)
@@ -297,6 +299,10 @@ class UnitGather:
             self._held_bytes -= _length_bytes(self._shards.whole[number])
         self._state[unit] = _State.AWAY
 
+    def is_here(self, unit: int) -> bool:
+        """Whether somebody has asked for a unit since it was gathered, and it is there."""
+        return self._state[unit] is _State.HERE
+
     def settle(self) -> None:
         """Wait for all that is on its way."""
         for unit, state in enumerate(self._state):
@@ -322,6 +328,7 @@ class UnitHooks:
         self._frees = frees
         self._order = list(range(1, len(modules) + 1))
         self._is_backward = False
+        self._ahead: int | None = None  # what was started and not yet asked for
         model.register_forward_pre_hook(self._enter)
         for unit, module in enumerate(modules, start=1):
             module.register_forward_pre_hook(self._before_module(unit))
@@ -341,7 +348,7 @@ class UnitHooks:
 
     def before_forward(self, unit: int) -> None:
         """A unit is about to compute."""
-        self._gather.need(unit)
+        self._need(unit)
         # A checkpointed unit runs forward once more within backward, which goes the other way.
         if not self._is_backward:
             self._start_neighbour(unit, 1)
@@ -354,7 +361,7 @@ class UnitHooks:
     def before_backward(self, unit: int) -> None:
         """Backward has reached a unit."""
         self._is_backward = True
-        self._gather.need(unit)
+        self._need(unit)
         self._start_neighbour(unit, -1)
 
     def done(self, unit: int) -> None:
@@ -375,10 +382,19 @@ class UnitHooks:
         for unit in range(self._gather.units):
             self.done(unit)
 
+    def _need(self, unit: int) -> None:
+        """Wait for a unit; one that was started in vain, since the model takes another way, is let go."""
+        if self._frees and self._ahead not in (None, unit):
+            assert self._ahead is not None
+            self._gather.free(self._ahead)
+        self._ahead = None
+        self._gather.need(unit)
+
     def _start_neighbour(self, unit: int, step: int) -> None:
         place = self._order.index(unit) + step
-        if 0 <= place < len(self._order):
-            self._gather.start(self._order[place])
+        if 0 <= place < len(self._order) and not self._gather.is_here(self._order[place]):
+            self._ahead = self._order[place]
+            self._gather.start(self._ahead)
 
     def _enter(self, _module: nn.Module, _args: object) -> None:
         self._is_backward = False
@@ -393,10 +409,17 @@ class UnitHooks:
         return before
 
     def _after_module(self, unit: int) -> Callable[[nn.Module, object, Any], None]:
-        def after(_module: nn.Module, _args: object, output: Any) -> None:
+        def after(module: nn.Module, _args: object, output: Any) -> None:
             if self._is_backward:
                 return
-            outputs = [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            leaves = [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            if self._frees and output is not None and not leaves:
+                raise ConfigError(
+                    f"a {type(module).__name__} returns a {type(output).__name__}, in which no tensor is found to tell "
+                    "when backward needs its parameters again. Return tensors, or tuples, lists or dicts of them; or "
+                    "set cluster.fsdp_stage to 2"
+                )
+            outputs = [leaf for leaf in leaves if leaf.requires_grad]
             for tensor in outputs:
                 tensor.register_hook(self._before_module_backward(unit))  # type: ignore[no-untyped-call]
             self.after_forward(unit, comes_back=bool(outputs))

@@ -9,7 +9,7 @@ One step, as an algorithm sees it:
     gradients.begin(step)             a free set of gradients
     gradients.arm(); ... .flush()     around the backward of each micro-batch whose gradients leave
     due = gradients.end()             the step's gradients on their way
-    due.wait(); due.install()         now, or K steps later: the optimizer's parameters have their gradient
+    due.wait(); due.grads()           now, or K steps later: the sums of the pieces that this rank owns
 
 Buckets leave in the order of the layout, never in that of the hooks, so that all ranks issue the same operations.
 
@@ -21,6 +21,7 @@ Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, sections 5.2 and 7.1.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class ShardedGradients:
         codec: Codec | None = None,
         sets: int = 1,
         on_done: Callable[[int], None] | None = None,
+        is_here: Callable[[int], bool] = lambda unit: True,
     ) -> None:
         """Register the hooks.
 
@@ -96,12 +98,14 @@ class ShardedGradients:
             codec: what goes over the wire instead of the gradients' own bytes.
             sets: steps that may be under way at once (K + 1).
             on_done: called with the number of a unit when backward has computed all its gradients.
+            is_here: whether a unit's parameters are those of this step.
         """
         self._shards = shards
         self._comm = comm
         self._keeps_whole = keeps_whole
         self._codec = codec
         self._on_done = on_done
+        self._is_here = is_here
         self._params = shards.params
         self._numbers = [n for n in range(len(shards.stripes)) if self._bucket(n).trained]
         self._place: dict[int, tuple[int, Placed]] = {}
@@ -128,6 +132,7 @@ class ShardedGradients:
         sizes = [self._length(number) * self._bucket(number).dtype.itemsize for number in self._numbers]
         self._limit_bytes = BUCKETS_IN_FLIGHT * max(sizes, default=0) * sets
         self._whole_bytes = 0
+        self._spare_bytes = 0
         self.peak_bytes = 0  # of whole buckets that are not kept
         for index in self._place:
             self._params[index].register_post_accumulate_grad_hook(self._hook(index))  # type: ignore[no-untyped-call]
@@ -231,8 +236,12 @@ class ShardedGradients:
     # ---- hooks
 
     def _hook(self, index: int) -> Callable[[Tensor], None]:
+        # Weakly: Python does not see that a parameter's hook holds what holds the parameter, and would keep all.
+        weak = weakref.ref(self)
+
         def take(_param: Tensor) -> None:
-            self._take(index)
+            if (gradients := weak()) is not None:
+                gradients._take(index)
 
         return take
 
@@ -256,6 +265,12 @@ class ShardedGradients:
         number, place = self._place[index]
         param = self._params[index]
         grad, param.grad = param.grad, None
+        if grad is not None and not self._shards.is_freed and not self._is_here(self._bucket(number).unit):
+            raise ConfigError(
+                f"parameter {index} of shape {tuple(param.shape)} was used without a call of the module that it is "
+                "of, while it was still on its way from its owners. Call the module, or keep the parameter outside of "
+                "lists of modules"
+            )
         if self._keeps_whole:
             self._put(self._set[self._stripe(number).bucket], place, grad, adds=self._has_grad[index])
         elif not self._use_as_bucket(number, grad):
@@ -296,9 +311,10 @@ class ShardedGradients:
         if grad is None or grad.numel() != self._length(number) or grad.dtype != dtype or not grad.is_contiguous():
             return False
         storage = grad.untyped_storage()
-        if storage.data_ptr() in self._lent or storage.nbytes() != grad.nbytes:
-            return False  # parameters that were added to each other get the same memory as gradient
-        self._make_room(grad.nbytes)
+        if storage.data_ptr() in self._lent or storage.nbytes() != grad.nbytes or not _is_exclusive(storage):
+            return False  # what was added to something else has its gradient's memory, which backward may still read
+        self._wait_for_room(grad.nbytes)
+        self._count(grad.nbytes)
         self._lent.add(storage.data_ptr())
         self._filling[number] = grad.view(-1)
         return True
@@ -343,6 +359,7 @@ class ShardedGradients:
                 self._lent.remove(leaving.buffer.data_ptr())
             else:
                 self._spare.setdefault((leaving.buffer.numel(), leaving.buffer.dtype), []).append(leaving.buffer)
+                self._spare_bytes += leaving.buffer.nbytes
 
     def _record(self, leaving: _Leaving, end: float) -> None:
         details: dict[str, int | str] = {"bucket": leaving.number, "bytes": leaving.nbytes}
@@ -386,19 +403,35 @@ class ShardedGradients:
     def _buffer(self, number: int) -> Tensor:
         """Memory for a whole stripe, its padding zero; of a table all is left as it is."""
         bucket, length = self._bucket(number), self._length(number)
-        self._make_room(length * bucket.dtype.itemsize)
-        spare = self._spare.get((length, bucket.dtype))
-        device = self._shards.own[self._stripe(number).bucket].device
-        buffer = spare.pop() if spare else torch.empty(length, dtype=bucket.dtype, device=device)
+        self._wait_for_room(length * bucket.dtype.itemsize)
+        if spare := self._spare.get((length, bucket.dtype)):
+            buffer = spare.pop()
+            self._spare_bytes -= buffer.nbytes
+        else:
+            device = self._shards.own[self._stripe(number).bucket].device
+            buffer = torch.empty(length, dtype=bucket.dtype, device=device)
+        self._count(buffer.nbytes)
         if not bucket.is_table:
             buffer[bucket.used :].zero_()
         return buffer
 
-    def _make_room(self, nbytes: int) -> None:
+    def _wait_for_room(self, nbytes: int) -> None:
         while self._leaving and self._whole_bytes + nbytes > self._limit_bytes:
             self._collect_oldest()
+
+    def _count(self, nbytes: int) -> None:
+        """Whole gradients of so many bytes more are in use; buffers that are not go where they are too much."""
+        if self._whole_bytes + self._spare_bytes + nbytes > self._limit_bytes:
+            self._spare.clear()
+            self._spare_bytes = 0
         self._whole_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self._whole_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._whole_bytes + self._spare_bytes)
+
+
+def _is_exclusive(storage: torch.UntypedStorage) -> bool:
+    """Whether a gradient's memory is no other tensor's: it counts for the tensor and for `storage` itself."""
+    count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+    return count is not None and count(storage._cdata) <= 2
 
 
 class StepShards:

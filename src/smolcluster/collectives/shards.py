@@ -209,8 +209,9 @@ def pieces_of(bucket: Bucket, number: int, own: Tensor, first: int) -> list[Piec
         start, end = max(place.offset, first), min(place.offset + place.numel, first + own.numel())
         if start < end:
             values = own[start - first : end - first]
-            if end - start == place.numel:
-                values = values.view(place.shape)  # an optimizer that looks at shapes has the whole one where it can
+            # Optimizers may look at the shape: weight decay for matrices only, say. A piece has at least as many dims.
+            is_whole = end - start == place.numel
+            values = values.view(place.shape if is_whole else (-1, *[1] * (len(place.shape) - 1)))
             param = nn.Parameter(values, requires_grad=bucket.trained)
             pieces.append(Piece(place.index, number, start - first, start - place.offset, param))
     return pieces

@@ -151,7 +151,7 @@ def _sharded(config: Config, sizes: ModelSizes, world_size: int, stage: int, ele
     gathered = 2 if config.training.precision in ("bf16", "fp16") else element
     sets = 1 + (resolved_staleness_bound(config) or 0)
     state = (whole if stage == 0 else part) * (2 if config.training.optimizer == "adamw" else 0)
-    gradients = whole * sets if stage < 2 else part * sets + min(whole, 2 * max(bucket, sizes.block * element // 3))
+    gradients = whole * sets if stage < 2 else sets * (part + min(whole, 2 * max(bucket, sizes.block * element // 3)))
     weights = whole
     if stage == 3:
         large = max(sizes.block * element, bucket)  # an embedding above that is gathered in pieces

@@ -53,10 +53,10 @@ def split_into_units(model: nn.Module) -> list[Unit]:
 
 
 def _outermost(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The entries of containers that lie in no other container."""
+    """The entries of containers that lie in no other entry. A list in a list is none: nobody calls it."""
     is_container = isinstance(module, _CONTAINERS)
     for name, child in module.named_children():
-        if is_container:
+        if is_container and type(child).forward is not nn.Module.forward:
             yield prefix + name, child
         else:
             yield from _outermost(child, f"{prefix}{name}.")

@@ -378,6 +378,7 @@ def load_sharded_state(
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in {*names, *aliases}}
     _check_names(set(reader.names("model/")), {f"model/{name}" for name in (*names, *aliases, *buffers)})
     for name, tensor in buffers.items():
+        _check_shape(reader, name, tuple(tensor.shape))
         tensor.copy_(reader.read(f"model/{name}"))
     pieces = {piece.index: piece for piece in shards.pieces}
     slots = _slots(reader)
@@ -402,7 +403,8 @@ def load_sharded_state(
                 value = value if piece is None else value.view(piece.param.shape)
             else:
                 value = reader.read(full)
-                value = value.item() if value.dim() == 0 and value.dtype == torch.float64 else value
+                is_number = value.dim() == 0 and value.dtype == torch.float64 and shapes[index].numel() != 1
+                value = value.item() if is_number else value
             if piece is not None:
                 states.setdefault(index, {})[slot] = value
     if slots:

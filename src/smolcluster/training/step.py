@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -182,6 +182,18 @@ def filled(batch: Batch) -> Batch:
     inputs = torch.zeros((1, *batch.inputs.shape[1:]), dtype=batch.inputs.dtype)
     targets = torch.full((1, *batch.targets.shape[1:]), NO_TARGET, dtype=batch.targets.dtype)
     return Batch(inputs, targets, batch.planned_count)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the body no module is in training: no dropout, and no statistics that change."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def evaluate_batch(
