@@ -34,7 +34,7 @@ from smolcluster.data.batch import Batch
 from smolcluster.errors import CollectiveMismatch, ConfigError, TrainingStopped
 from smolcluster.models.checkpointing import checkpoint_activations
 from smolcluster.models.hf import HFModel, init_hf_parameters
-from smolcluster.models.partition import split_into_units
+from smolcluster.models.partition import Unit, split_into_units
 from smolcluster.training.optim import optimizer_factory
 
 ADAMW = optimizer_factory("adamw", 1e-3, 0.1)
@@ -113,6 +113,23 @@ def test_every_pair_of_settings_equals_single(stage: int, row: tuple[bool, ...])
 def test_alone_it_is_single(stage: int) -> None:
     case = Case(micro_batches=2).with_options(grad_clip_norm=0.3)
     check_equal(run_single(replace(case, micro_batches=1)), run_fsdp(case, 1, stage), "fp64")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_that_draw_other_values_take_rank_zeros(stage: int) -> None:
+    def start(comm: LocalCommunicator) -> dict[str, Tensor | None]:
+        own = build_gpt(comm.rank)
+
+        def values(unit: Unit) -> dict[str, Tensor]:
+            return {name: own.get_parameter(name).detach() for name in unit.parameters}
+
+        strategy = FSDP(build_gpt(7), ADAMW, comm, stage=stage, values=values, bucket_bytes=2048)
+        return {name: strategy.whole_parameter(name) for name, _ in own.named_parameters()}
+
+    expected = dict(build_gpt(0).named_parameters())
+    for name, tensor in LocalGroup(3).run(start)[0].items():
+        assert tensor is not None
+        assert torch.equal(tensor, expected[name])
 
 
 @pytest.mark.parametrize("stage", STAGES)

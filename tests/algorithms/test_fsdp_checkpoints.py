@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from algorithms.equality import Case, build_gpt, build_simple_nn, check_equal, make_classicdp, make_fsdp, run_single
 from algorithms.equality import _outcome as outcome_of
@@ -70,6 +70,27 @@ def test_three_ranks_then_two_then_four_equal_single(stage: int, staleness_bound
     earlier = [result for results in (first[0], second[0]) for result in results if result is not None]
     joined = [replace(outcome, results=earlier + outcome.results) for outcome in outcomes]
     check_equal(reference, joined, "fp64")
+
+
+class Scaled(nn.Module):
+    """With a parameter that has no dims, which in float64 looks like a number."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(12, 5, generator=torch.Generator().manual_seed(seed)) * 0.1)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.matrix * self.scale
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parameter_without_dims_comes_back(stage: int, tmp_path: Path) -> None:
+    case = replace(CASE, build=Scaled, is_text=False)
+    first = train(case.with_options(stage=stage), 3, 0, 9, tmp_path)
+    outcomes = train(case.with_options(stage=stage), 2, 9, 24, tmp_path)
+    joined = [replace(outcome, results=first[0] + outcome.results) for outcome in outcomes]
+    check_equal(run_single(replace(case, micro_batches=1)), joined, "fp64")
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 3), (2, 1), (1, 3)])

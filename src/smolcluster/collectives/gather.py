@@ -16,6 +16,7 @@ Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277, sections 3.2.1 and 3.3
 from __future__ import annotations
 
 import enum
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from smolcluster.collectives.base import Communicator, Work
 from smolcluster.collectives.shards import Bucket, Piece, pieces_of, stripes_of, views_of
 from smolcluster.errors import ConfigError
 from smolcluster.telemetry import GATHERS
-from smolcluster.transport.tensors import alias_of
+from smolcluster.transport.tensors import alias_of, raw_bytes
 
 REST = 0  # the unit that is needed throughout: models.partition puts it first
 
@@ -89,21 +90,22 @@ class ShardedParameters:
         """This rank's number if each owns a part, else 0: `first * part` is the first element that it owns."""
         return self.comm.rank if self.is_divided else 0
 
-    def fill(self, values: Callable[[Bucket], Mapping[int, Tensor]], *, sends_first: bool) -> None:
-        """Lay out all buckets, one after the other, and point the parameters at them.
+    def fill(self, values: Callable[[Bucket], Mapping[int, Tensor]], *, are_alike: bool) -> None:
+        """Lay out all buckets, one after the other, and point the parameters at them. Every rank calls it; blocks.
 
         Args:
             values: the parameters of a bucket, by index; asked for bucket after bucket.
-            sends_first: every rank takes rank 0's values. Every rank calls it then; blocks.
+            are_alike: the ranks' values ought to be the same, so that a short comparison will do. Where they are not,
+                every rank takes rank 0's.
         """
         for number, bucket in enumerate(self.buckets):
             if bucket.is_table:
-                self._fill_table(number, bucket, values, sends_first)
+                self._fill_table(number, bucket, values, are_alike)
             else:
-                self._fill(number, bucket, values, sends_first)
+                self._fill(number, bucket, values, are_alike)
 
     def _fill(
-        self, number: int, bucket: Bucket, values: Callable[[Bucket], Mapping[int, Tensor]], sends_first: bool
+        self, number: int, bucket: Bucket, values: Callable[[Bucket], Mapping[int, Tensor]], are_alike: bool
     ) -> None:
         device = self.params[bucket.places[0].index].device
         flat = torch.zeros(self.comm.world_size * bucket.part, dtype=bucket.dtype, device=device)
@@ -112,7 +114,7 @@ class ShardedParameters:
             for index, view in views_of(bucket, flat).items():
                 view.copy_(given[index])
             del given
-        if sends_first:
+        if not (are_alike and self._is_same(flat)):
             self.comm.broadcast(flat).wait()
         dtype = self._dtype_of(bucket)
         own = flat
@@ -126,12 +128,13 @@ class ShardedParameters:
         self._add_whole(whole, views_of(bucket, whole))
 
     def _fill_table(
-        self, number: int, bucket: Bucket, values: Callable[[Bucket], Mapping[int, Tensor]], sends_first: bool
+        self, number: int, bucket: Bucket, values: Callable[[Bucket], Mapping[int, Tensor]], are_alike: bool
     ) -> None:
         """The same, part by part: besides the values that are given there is no whole table, not even here."""
         index = bucket.places[0].index
         device = self.params[index].device
         given = values(bucket)[index].detach().reshape(-1)
+        sends_first = not (are_alike and self._is_same(given))
         for rank in range(self.comm.world_size) if sends_first else (self.first,):
             part = torch.zeros(bucket.part, dtype=bucket.dtype, device=device)
             elements = given[rank * bucket.part : (rank + 1) * bucket.part]
@@ -144,6 +147,11 @@ class ShardedParameters:
             if stripe.bucket == number:
                 length = self.comm.world_size * stripe.length
                 self._add_whole(torch.empty(length, dtype=self._dtype_of(bucket), device=device), {})
+
+    def _is_same(self, tensor: Tensor) -> bool:
+        """Whether all ranks have the same bits. Every rank calls it; blocks."""
+        digest = hashlib.sha256(raw_bytes(tensor.cpu().contiguous())).hexdigest()
+        return len(set(map(str, self.comm.exchange(digest)))) == 1
 
     def _dtype_of(self, bucket: Bucket) -> torch.dtype:
         """In which forward sees it."""

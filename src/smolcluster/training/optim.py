@@ -77,7 +77,8 @@ def load_optimizer_state(
     for full_name in reader.names("optim/"):
         name, _, slot = full_name.removeprefix("optim/").rpartition("/")
         value = reader.read(full_name)
-        is_number = value.dim() == 0 and value.dtype == torch.float64
+        # Of a parameter without dims every slot looks like a number; torch's own optimizers keep tensors there.
+        is_number = value.dim() == 0 and value.dtype == torch.float64 and (name not in params or params[name].dim() > 0)
         slots.setdefault(name, {})[slot] = value.item() if is_number else value
     if not slots:
         return

@@ -82,8 +82,8 @@ def make_shards(
     buckets = plan_shards(described, bucket_bytes, comm.world_size)
     shards = ShardedParameters(params, buckets, comm, is_divided=is_divided, is_freed=is_freed, half=half)
     source = _Values(drawn, names, given, values)
-    # Parameters that every rank draws alike, and keeps but a part of, need not travel.
-    shards.fill(source.of_bucket, sends_first=values is None or not is_freed)
+    # Rank 0's count. What all draw or read alike need not travel; but another machine may have another file.
+    shards.fill(source.of_bucket, are_alike=values is not None)
     return names, aliases, shards
 
 
@@ -232,7 +232,8 @@ def squares_of(pieces: Sequence[Piece], grads: Sequence[Tensor], shards: Sharded
     """
     owners = 1 if shards.is_divided else shards.comm.world_size
     squares = [0.0] * len(shards.params)
-    norms = torch._foreach_norm(list(grads)) if grads else []
+    # A norm in the gradient's own half precision would have two or three digits.
+    norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads]) if grads else ()
     # One wait for the device, not one per piece. Apple's MPS has no float64.
     widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
     values = torch.stack([norm.to(widest) for norm in norms]).tolist() if norms else []
