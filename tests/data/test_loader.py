@@ -140,11 +140,13 @@ def test_a_step_is_split_into_micro_batches_as_equal_as_can_be(
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_rank_without_samples_gets_one_empty_batch_of_the_right_shape() -> None:
+def test_a_rank_without_samples_gets_empty_batches_of_the_right_shape() -> None:
     dataset = ClassesDataset("d", torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64), 2)
     with loader_of(dataset, Sampler(3, 2, 0, 4), 3, micro_batches=2, max_steps=1) as loader:
-        ((batch,),) = loader
-    assert (batch.samples, batch.inputs.shape, batch.planned_count) == (0, (0, 1, 2, 2), 2)
+        (batches,) = loader
+    assert len(batches) == 2
+    for batch in batches:
+        assert (batch.samples, batch.inputs.shape, batch.planned_count) == (0, (0, 1, 2, 2), 2)
 
 
 def test_the_planned_count_is_that_of_all_ranks_on_every_rank() -> None:

@@ -39,13 +39,11 @@ def checkpoint_activations(model: nn.Module) -> int:
     Raises:
         ConfigError: the model has no list of modules.
     """
-    units = split_into_units(model)[1:]
-    # A list in a list (pairs of attention and feed-forward, say) has no forward to compute again.
-    modules = [unit.module for unit in units if type(unit.module).forward is not nn.Module.forward]
+    modules = [unit.module for unit in split_into_units(model)[1:]]
     if not modules:
         raise ConfigError(
             "training.activation_checkpointing needs a model whose blocks lie in an nn.ModuleList, nn.Sequential or "
-            f"nn.ModuleDict, each with a forward of its own; {type(model).__name__} has none. Set it to false"
+            f"nn.ModuleDict; {type(model).__name__} has none. Set it to false"
         )
     for module in modules:
         # Beneath `__call__`, so that hooks of the module do not run again. Not a closure: a deep copy, such as a server
