@@ -306,6 +306,28 @@ def test_a_rank_without_samples_leaves_its_statistics_alone(stage: int) -> None:
     assert not torch.equal(other, torch.zeros(12))
 
 
+class OnlyZeros(nn.Module):
+    """Divides by a sample's norm, and uses `extra` for samples of zeros only, of which the data has none."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.matrix = nn.Parameter(torch.randn(12, 5, generator=generator) * 0.1)
+        self.extra = nn.Parameter(torch.randn(5, generator=generator))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        logits = inputs / inputs.norm(dim=1, keepdim=True) @ self.matrix
+        return logits + self.extra if (inputs == 0).all(dim=1).any() else logits
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_rank_without_samples_computes_for_the_others_does_not_count(stage: int) -> None:
+    case = Case(build=OnlyZeros, is_text=False, shares=(1.0, 0.0, 3.0), steps=10)
+    outcome = run_single(case)
+    check_equal(outcome, run_fsdp(case, 3, stage), "fp64")
+    assert torch.equal(outcome.weights["extra"], OnlyZeros(0).extra.detach().double()), "decayed"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_optimizer_that_decays_matrices_only_equals_single(stage: int) -> None:
     def factory(params: Any) -> torch.optim.Optimizer:

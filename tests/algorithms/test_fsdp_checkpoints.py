@@ -93,6 +93,26 @@ def test_a_parameter_without_dims_comes_back(stage: int, tmp_path: Path) -> None
     check_equal(run_single(replace(case, micro_batches=1)), joined, "fp64")
 
 
+class Tiny(nn.Module):
+    """One number for three ranks: two of them own nothing."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.1]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, :5] * self.scale
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_that_own_nothing_go_on(stage: int, tmp_path: Path) -> None:
+    case = replace(CASE, build=Tiny, is_text=False)
+    first = train(case.with_options(stage=stage), 3, 0, 9, tmp_path)
+    outcomes = train(case.with_options(stage=stage), 3, 9, 24, tmp_path)
+    joined = [replace(outcome, results=first[0] + outcome.results) for outcome in outcomes]
+    check_equal(run_single(replace(case, micro_batches=1)), joined, "fp64")
+
+
 @pytest.mark.parametrize(("before", "after"), [(3, 0), (0, 3), (2, 1), (1, 3)])
 def test_a_run_goes_on_in_another_stage(before: int, after: int, tmp_path: Path) -> None:
     reference = run_single(replace(CASE, micro_batches=1))

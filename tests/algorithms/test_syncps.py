@@ -85,13 +85,17 @@ def test_a_lost_workers_samples_are_dealt_again(tmp_path: Path) -> None:
 def test_a_late_push_is_refused_and_its_samples_are_dealt_again(tmp_path: Path) -> None:
     case = Case()
     setting = Setting(
-        3, epochs=2, server={"timeout": 0.05}, seconds_per_step={1: 0.01, 2: 0.01, 3: 0.3}, folder=tmp_path
+        3, epochs=8, server={"timeout": 0.05}, seconds_per_step={1: 0.02, 2: 0.02}, expected=3, folder=tmp_path
     )
-    run = ParamServerRun(case, setting).start()
+    run = ParamServerRun(case, setting)
+    run.gates = {3: threading.Event()}
+    run.start()
+    run.wait_for_steps(2)  # of 40: the step that worker 3 has samples of is closed, and the run goes on for long
+    run.gates[3].set()
     result = run.result()
     assert run.rule.refused > 0
-    assert result.samples == 2 * case.length
-    audit(tmp_path / LEDGER, case.length, epochs=2)
+    assert result.samples == 8 * case.length
+    audit(tmp_path / LEDGER, case.length, epochs=8)
 
 
 def test_nobody_waits_for_a_worker_that_was_late_before() -> None:
@@ -108,10 +112,12 @@ def test_nobody_waits_for_a_worker_that_was_late_before() -> None:
 def test_a_worker_that_is_in_time_again_is_awaited_again() -> None:
     """Its first push is late, then it is as fast as the others: from then on steps have its samples."""
     case = Case(length=400, steps=30)
-    setting = Setting(2, server={"timeout": 0.1}, seconds_per_step={1: 0.02})
+    setting = Setting(2, server={"timeout": 0.1}, seconds_per_step={1: 0.02}, expected=2)
     run = ParamServerRun(case, setting)
-    run.delays = {2: [0.5]}
+    run.gates = {2: threading.Event()}
     run.start()
+    run.wait_for_steps(2)
+    run.gates[2].set()
     run.result()
     assert run.rule.refused == 1
     last = [row["train/samples"] for row in run.rows.rows if "train/loss" in row][-5:]

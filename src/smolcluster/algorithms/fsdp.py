@@ -213,7 +213,7 @@ class FSDP:
             is_last = number == len(batches) - 1
             if self._stage >= 2 or is_last:
                 # 3 communicate: from now on gradients leave for their owners (stage 0: for all) as backward fills them
-                self._gradients.arm()
+                self._gradients.arm(counts=batch.samples > 0 or not self._shards.is_freed)
             losses.append(self._forward_backward(batch, loss_scale / planned))
             self._gradients.flush()
             if not is_last:

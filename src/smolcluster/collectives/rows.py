@@ -194,12 +194,13 @@ class RowTable:
             self._comm.all_to_all(rows, sent, counts, [len(rows) for rows in asked]).wait()
         return rows, places, _Request(unique, counts, asked)
 
-    def send_back(self, request: _Request) -> RowGradients:
-        """Give the owners of the rows their gradients: zeros where there are none, as other ranks may have some."""
-        grads = self._own.new_zeros(len(request.unique), self.width) if request.grads is None else request.grads
+    def send_back(self, request: _Request, counts: bool) -> RowGradients:
+        """Give the owners of the rows their gradients: zeros where none count, as other ranks may have some."""
+        found = request.grads if counts else None
+        grads = self._own.new_zeros(len(request.unique), self.width) if found is None else found
         arriving = self._own.new_empty(sum(map(len, request.asked)), self.width)
         work = self._comm.all_to_all(arriving, grads, [len(rows) for rows in request.asked], request.counts)
-        return RowGradients(self.index, request.asked, arriving, work, request.grads is not None)
+        return RowGradients(self.index, request.asked, arriving, work, found is not None)
 
     # ---- projections
 

@@ -123,7 +123,7 @@ class ShardedGradients:
             self._units[bucket.unit] = self._units.get(bucket.unit, 0) + len(bucket.places)
         self._sets = [self._new_set() for _ in range(sets)]
         self._step = 0
-        self._is_armed = False
+        self._is_armed, self._counts = False, True
         self._leaving: deque[_Leaving] = deque()
         self._filling: dict[int, Tensor] = {}  # whole buckets that are not kept
         self._spare: dict[tuple[int, torch.dtype], list[Tensor]] = {}
@@ -151,12 +151,18 @@ class ShardedGradients:
         self._has_sum = dict.fromkeys(self._numbers, False)  # a part that the next sum is added to
         self._overflowed: Tensor | None = None
         self._rows: list[RowGradients] = []
-        self._is_armed = False
+        self._is_armed, self._counts = False, True
         self._open()
 
-    def arm(self) -> None:
-        """From now on buckets leave as soon as they are complete."""
+    def arm(self, *, counts: bool = True) -> None:
+        """From now on buckets leave as soon as they are complete.
+
+        Args:
+            counts: False: the backward that follows is run for the other ranks' sake. What it computes, be it NaN, is
+                no gradient: zeros leave.
+        """
         self._is_armed = True
+        self._counts = counts
 
     def flush(self) -> None:
         """End the backward of a micro-batch; after `arm`, what has got no gradient leaves as zeros."""
@@ -171,9 +177,9 @@ class ShardedGradients:
                     self._take(index)
             self._send_complete()
             for send in self._look_ups:
-                self._rows.append(send())
+                self._rows.append(send(self._counts))
                 self._has_grad[self._rows[-1].index] |= self._rows[-1].has_grad
-        self._is_armed = False
+        self._is_armed, self._counts = False, True
         self._open()
 
     def end(self) -> StepShards:
@@ -221,13 +227,16 @@ class ShardedGradients:
 
     def give(self, number: int) -> None:
         """A gradient of a stripe is in its `room`; with the last one that is expected it leaves."""
-        self._has_grad[self._bucket(number).places[0].index] = True
+        if self._counts:
+            self._has_grad[self._bucket(number).places[0].index] = True
+        else:
+            self._filling[number].zero_()
         self._missing[number] -= 1
         if self._is_armed:
             self._send_complete()
 
-    def remember(self, send: Callable[[], RowGradients]) -> None:
-        """Rows of a table were looked up: `flush` will send their gradients, in the order of the look-ups.
+    def remember(self, send: Callable[[bool], RowGradients]) -> None:
+        """Rows of a table were looked up: `flush` will send their gradients (or zeros), in the order of the look-ups.
 
         Not their backward: which of them has a gradient may differ from rank to rank.
         """
@@ -252,7 +261,7 @@ class ShardedGradients:
         self._is_expected = {n: not is_table[n] for n in self._numbers}
         self._missing_of_unit = dict(self._units)
         self._next = 0
-        self._look_ups: list[Callable[[], RowGradients]] = []
+        self._look_ups: list[Callable[[bool], RowGradients]] = []
 
     def _take(self, index: int) -> None:
         """Move a parameter's gradient to its bucket; every bucket that is full with all before it leaves."""
@@ -271,6 +280,7 @@ class ShardedGradients:
                 "of, while it was still on its way from its owners. Call the module, or keep the parameter outside of "
                 "lists of modules"
             )
+        grad = grad if self._counts else None
         if self._keeps_whole:
             self._put(self._set[self._stripe(number).bucket], place, grad, adds=self._has_grad[index])
         elif not self._use_as_bucket(number, grad):

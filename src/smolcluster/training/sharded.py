@@ -411,8 +411,8 @@ def load_sharded_state(
     if slots:
         packed = optimizer.state_dict()
         index_of = {id(piece.param): piece.index for piece in shards.pieces}
-        order = [index_of[id(param)] for group in optimizer.param_groups for param in group["params"]]
-        packed["state"] = {number: states[index] for number, index in enumerate(order) if index in states}
+        order = [index_of.get(id(param)) for group in optimizer.param_groups for param in group["params"]]
+        packed["state"] = {number: states[i] for number, i in enumerate(order) if i is not None and i in states}
         optimizer.load_state_dict(packed)
     if scaler is not None:
         scaler.load_state(reader)
