@@ -138,7 +138,7 @@ MUTANTS = (
     Mutant(
         "fsdp: what was gathered never expires",
         "algorithms/fsdp.py",
-        """            if self._stage >= 1:
+        """            if self._shares_optimizer:
                 self._gather.expire()
         # Stages""",
         "        # Stages",
@@ -177,7 +177,7 @@ MUTANTS = (
     Mutant(
         "fsdp: the last micro-batch only",
         "algorithms/fsdp.py",
-        "            if self._stage >= 2 or is_last:\n",
+        "            if self._shares_gradients or is_last:\n",
         "            if is_last:\n",
         FSDP_TESTS,
     ),

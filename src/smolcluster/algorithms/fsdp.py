@@ -130,7 +130,10 @@ class FSDP:
         """
         if stage not in (0, 1, 2, 3):
             raise ConfigError(f"stage is {stage}; ZeRO has stages 0, 1, 2 and 3")
-        shares_optimizer, shares_gradients, shares_parameters = stage >= 1, stage >= 2, stage >= 3
+        # The four stages: the rest of this file asks only these three.
+        self._shares_optimizer = stage >= 1
+        self._shares_gradients = stage >= 2
+        self._shares_parameters = stage >= 3
         self._model = model
         self._comm = comm
         self._units = split_into_units(model)
@@ -141,24 +144,24 @@ class FSDP:
             bucket_bytes=bucket_bytes,
             precision=precision,
             device=device,
-            is_divided=shares_optimizer,
-            is_freed=shares_parameters,
+            is_divided=self._shares_optimizer,
+            is_freed=self._shares_parameters,
             values=values,
         )
-        pieces = [piece for piece in self._shards.pieces if piece.param.requires_grad]
-        self._pieces = pieces
+        self._pieces = [piece for piece in self._shards.pieces if piece.param.requires_grad]
         # Where there is less than one element for each rank, some own nothing; optimizers want something to step.
-        owned = [piece.param for piece in pieces] or [nn.Parameter(torch.empty(0, device=device))]
+        owned = [piece.param for piece in self._pieces] or [nn.Parameter(torch.empty(0, device=device))]
         self._optimizer = optimizer_factory(owned)
         # Gathers have connections of their own: what forward and backward wait for must not queue behind gradients.
-        lane = comm.split(range(comm.world_size), "gather") if shares_optimizer else comm
+        lane = comm.split(range(comm.world_size), "gather") if self._shares_optimizer else comm
         assert lane is not None
         self._gather = UnitGather(self._shards, lane)
-        self._hooks = UnitHooks(model, [unit.module for unit in self._units[1:]], self._gather, frees=shares_parameters)
+        modules = [unit.module for unit in self._units[1:]]
+        self._hooks = UnitHooks(model, modules, self._gather, frees=self._shares_parameters)
         self._gradients = ShardedGradients(
             self._shards,
             comm,
-            keeps_whole=not shares_gradients,
+            keeps_whole=not self._shares_gradients,
             codec=codec_for(compression),
             sets=staleness_bound + 1,
             on_done=self._hooks.done,
@@ -166,7 +169,6 @@ class FSDP:
         )
         # A large embedding or head is never whole in stage 3: see rows.py.
         connect_tables(self._shards, self._gather, self._hooks, self._gradients)
-        self._stage = stage
         self._staleness_bound = staleness_bound
         self._grad_clip_norm = grad_clip_norm
         self._lr_schedule = lr_schedule
@@ -211,9 +213,9 @@ class FSDP:
         losses = []
         for number, batch in enumerate(batches):
             is_last = number == len(batches) - 1
-            if self._stage >= 2 or is_last:
+            if self._shares_gradients or is_last:
                 # 3 communicate: from now on gradients leave for their owners (stage 0: for all) as backward fills them
-                self._gradients.arm(counts=batch.samples > 0 or not self._shards.is_freed)
+                self._gradients.arm(counts=not self._is_for_others(batch))
             losses.append(self._forward_backward(batch, loss_scale / planned))
             self._gradients.flush()
             if not is_last:
@@ -231,11 +233,15 @@ class FSDP:
         # 4 step, with the oldest gradient: this one if K = 0
         return self._apply(self._under_way.popleft())
 
+    def _is_for_others(self, batch: Batch) -> bool:
+        """Whether there is nothing to compute, but the other ranks gather, and wait for this rank's parts."""
+        return self._shares_parameters and not batch.samples
+
     def _forward_backward(self, batch: Batch, scale: float) -> Tensor:
-        is_empty = self._stage == 3 and not batch.samples
-        if is_empty:
-            batch = filled(batch)  # the other ranks gather, and wait for this rank's parts
-        with evaluating(self._model) if is_empty else contextlib.nullcontext():
+        is_for_others = self._is_for_others(batch)
+        if is_for_others:
+            batch = filled(batch)
+        with evaluating(self._model) if is_for_others else contextlib.nullcontext():
             return forward_backward(
                 self._model, [batch], scale, self._precision, device=self._device, telemetry=self._comm.telemetry
             )
@@ -243,7 +249,7 @@ class FSDP:
     def _apply(self, due: _StepUnderWay) -> StepResult:
         """Wait for this rank's part of the sum, agree on its norm, clip, step, and let all have the new parameters."""
         due.gradients.wait()
-        grads = due.gradients.grads()
+        grads = due.gradients.grads(self._pieces)
         # Each element is owned once (in stage 0 by all): the squares of all owners' norms add up to the global norm's.
         sums = sum_totals(due.own, due.gradients, squares_of(self._pieces, grads, self._shards), self._comm)
         step = due.gradients.step
@@ -271,7 +277,7 @@ class FSDP:
             self._gather.settle()  # what is being sent must not change
             self._optimizer.step()
             self._norms.append({self._names[i]: math.sqrt(s) * correction for i, s in enumerate(sums.squares) if s > 0})
-            if self._stage >= 1:
+            if self._shares_optimizer:
                 self._gather.expire()
         # Stages 1 and 2: all parameters; stage 3: the first unit. While the next batch is made, and its forward begins.
         self._hooks.prefetch()
@@ -282,7 +288,7 @@ class FSDP:
 
         In stage 3 every rank calls it equally often, if need be with batches of 0 samples.
         """
-        if self._stage == 3 and not batch.samples:
+        if self._is_for_others(batch):
             evaluate_batch(self._model, filled(batch), self._precision, self._device)
         return evaluate_batch(self._model, batch, self._precision, self._device)
 
@@ -334,15 +340,14 @@ class FSDP:
         for item in self._under_way:
             item.gradients.wait()
             sums = sum_totals(item.own, item.gradients, [0.0] * len(self._names), self._comm)
-            waiting.append(
-                PendingShards(item.gradients.step, sums, item.planned, item.loss_scale, item.gradients.grads())
-            )
+            grads = item.gradients.grads(self._pieces)
+            waiting.append(PendingShards(item.gradients.step, sums, item.planned, item.loss_scale, grads))
         return shards | pending_shards(waiting, self._pieces, self._names, self._shards, self._comm)
 
     def load_state(self, reader: StateReader) -> None:
         """Go on from a checkpoint; see Strategy."""
         load_sharded_state(reader, self._model, self._shards, self._optimizer, self._names, self._aliases, self._scaler)
-        if self._stage >= 1:
+        if self._shares_optimizer:
             self._gather.expire()
             self._hooks.prefetch()
         for item in load_pending_shards(reader, self._pieces, self._names, self._gradients, self._comm):

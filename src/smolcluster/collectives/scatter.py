@@ -9,7 +9,7 @@ One step, as an algorithm sees it:
     gradients.begin(step)             a free set of gradients
     gradients.arm(); ... .flush()     around the backward of each micro-batch whose gradients leave
     due = gradients.end()             the step's gradients on their way
-    due.wait(); due.grads()           now, or K steps later: the sums of the pieces that this rank owns
+    due.wait(); due.grads(pieces)     now, or K steps later: the sums of the pieces that this rank owns
 
 Buckets leave in the order of the layout, never in that of the hooks, so that all ranks issue the same operations.
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from smolcluster.collectives.base import Codec, Communicator, Work
 from smolcluster.collectives.gather import ShardedParameters
-from smolcluster.collectives.shards import Bucket, Placed, Stripe
+from smolcluster.collectives.shards import Bucket, Piece, Placed, Stripe
 from smolcluster.errors import ConfigError
 from smolcluster.telemetry import BUCKETS
 
@@ -193,7 +193,7 @@ class ShardedGradients:
         own = self._sets[step % len(self._sets)]
         for tensor in own.values():
             tensor.zero_()
-        return StepShards(self, step, own, has_grad, None, []), {n: self._own_part(own, n) for n in own}
+        return StepShards(self, step, own, has_grad, None, []), {n: self.own_part(own, n) for n in own}
 
     def collect(self, step: int) -> None:
         """Wait for all buckets of `step` and those before it."""
@@ -205,10 +205,17 @@ class ShardedGradients:
         with self._comm.telemetry.span("comm_wait"):
             arriving.work.wait()
         number = self._shards.stripes[self._tables[arriving.index][0]].bucket
-        part = self._own_part(kept, number).view(-1, arriving.grads.shape[1])
+        part = self.own_part(kept, number).view(-1, arriving.grads.shape[1])
         grads = torch.split(arriving.grads, [len(rows) for rows in arriving.rows])
         for rows, theirs in zip(arriving.rows, grads, strict=True):
             part.index_add_(0, rows, theirs)  # each row once: the order of additions is no device's to choose
+
+    def own_part(self, kept: dict[int, Tensor], number: int) -> Tensor:
+        """What this rank owns of a bucket."""
+        part, first = self._shards.buckets[number].part, self._shards.first
+        if self._keeps_whole and self._shards.is_divided:
+            return kept[number][first * part : (first + 1) * part]
+        return kept[number]
 
     # ---- tables: what rows.py computes
 
@@ -395,17 +402,10 @@ class ShardedGradients:
         """That of a stripe."""
         return self._shards.buckets[self._stripe(number).bucket]
 
-    def _own_part(self, kept: dict[int, Tensor], number: int) -> Tensor:
-        """What this rank owns of a bucket."""
-        part, first = self._shards.buckets[number].part, self._shards.first
-        if self._keeps_whole and self._shards.is_divided:
-            return kept[number][first * part : (first + 1) * part]
-        return kept[number]
-
     def _own_strip(self, kept: dict[int, Tensor], number: int) -> Tensor:
         """What this rank owns of a stripe."""
         stripe = self._stripe(number)
-        return self._own_part(kept, stripe.bucket)[stripe.start : stripe.start + stripe.length]
+        return self.own_part(kept, stripe.bucket)[stripe.start : stripe.start + stripe.length]
 
     def _length(self, number: int) -> int:
         return self._comm.world_size * self._stripe(number).length
@@ -483,8 +483,6 @@ class StepShards:
         while self._rows:
             self._gradients.add_rows(self._kept, self._rows.pop(0))
 
-    def grads(self) -> list[Tensor]:
-        """The gradient of each of this rank's trained pieces, as a view."""
-        gradients = self._gradients
-        pieces = [piece for piece in gradients._shards.pieces if piece.param.requires_grad]
-        return [piece.of(gradients._own_part(self._kept, piece.bucket)) for piece in pieces]
+    def grads(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """The gradients of some of this rank's pieces, as views."""
+        return [piece.of(self._gradients.own_part(self._kept, piece.bucket)) for piece in pieces]
