@@ -84,15 +84,6 @@ class Scaled(nn.Module):
         return inputs @ self.matrix * self.scale
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_parameter_without_dims_comes_back(stage: int, tmp_path: Path) -> None:
-    case = replace(CASE, build=Scaled, is_text=False)
-    first = train(case.with_options(stage=stage), 3, 0, 9, tmp_path)
-    outcomes = train(case.with_options(stage=stage), 2, 9, 24, tmp_path)
-    joined = [replace(outcome, results=first[0] + outcome.results) for outcome in outcomes]
-    check_equal(run_single(replace(case, micro_batches=1)), joined, "fp64")
-
-
 class Tiny(nn.Module):
     """One number for three ranks: two of them own nothing."""
 
@@ -104,11 +95,13 @@ class Tiny(nn.Module):
         return inputs[:, :5] * self.scale
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ranks_that_own_nothing_go_on(stage: int, tmp_path: Path) -> None:
-    case = replace(CASE, build=Tiny, is_text=False)
+@pytest.mark.parametrize("ranks", [3, 2])
+@pytest.mark.parametrize("build", [Scaled, Tiny])
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_of_few_elements_come_back(stage: int, build: Any, ranks: int, tmp_path: Path) -> None:
+    case = replace(CASE, build=build, is_text=False)
     first = train(case.with_options(stage=stage), 3, 0, 9, tmp_path)
-    outcomes = train(case.with_options(stage=stage), 3, 9, 24, tmp_path)
+    outcomes = train(case.with_options(stage=stage), ranks, 9, 24, tmp_path)
     joined = [replace(outcome, results=first[0] + outcome.results) for outcome in outcomes]
     check_equal(run_single(replace(case, micro_batches=1)), joined, "fp64")
 

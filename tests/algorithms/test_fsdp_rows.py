@@ -540,3 +540,15 @@ def test_what_stands_for_a_table_has_its_name_shape_and_dtype() -> None:
         assert repr(weight).startswith("RowWeight(model.embed_tokens.weight, shape=(151, 8)")
 
     LocalGroup(2).run(build)
+
+
+class Averaged(Padded):
+    """Divides by the sum of a sample's ids, which is 0 for a sample that only fills a rank's place."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) / tokens.sum(dim=1)[:, None, None]
+
+
+def test_what_a_rank_without_samples_looks_up_for_the_others_does_not_count() -> None:
+    case = Case(build=Averaged, vocab=ROWS, shares=(1.0, 0.0, 3.0), steps=10)
+    check_equal(run_single(case), run_fsdp(case, 3, 3), "fp64")
