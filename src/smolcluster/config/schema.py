@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from smolcluster.kinds import Algorithm, Backend, Compression, Precision
+from smolcluster.kinds import Algorithm, Backend, Compression, PipelineSchedule, Precision
 
 LANGUAGE_MODELS = ("gpt", "moe", "hf")
 FILE_DATASETS = ("text", "jsonl", "parquet")  # read from data.path
@@ -193,7 +193,7 @@ class TrainingConfig(Section):
     micro_batches: PositiveInt = 1
     """Parts that a rank's batch is computed in, one after the other (gradient accumulation); for mp_pipeline the number
     of micro-batches in the pipeline."""
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     """mp_pipeline: order of forward and backward passes."""
     precision: Precision = "fp32"
     """Arithmetic: `fp64` and `fp32` throughout; `bf16` and `fp16` in matrix products, with fp32 weights (fp16:

@@ -163,7 +163,8 @@ def forward_backward(
     loss_sum: Tensor | None = None
     for i, batch in enumerate(batches):
         with telemetry.span("forward") if telemetry else contextlib.nullcontext():
-            loss = _summed_loss(model, batch, precision, device)[0]
+            targets = batch.targets.to(device, non_blocking=True)
+            loss = summed_loss(_logits(model, batch, precision, device), targets)
         detached = loss.detach()
         loss_sum = detached if loss_sum is None else loss_sum + detached
         if before_last is not None and i == len(batches) - 1:
@@ -206,9 +207,17 @@ def evaluate_batch(
     model.eval()
     try:
         with torch.no_grad():
-            loss, logits, targets = _summed_loss(model, batch, precision, device)
+            logits = _logits(model, batch, precision, device)
     finally:
         model.train(was_training)
+    return grade(logits, batch, device)
+
+
+def grade(logits: Tensor, batch: Batch, device: torch.device | str = "cpu") -> EvalSums:
+    """Loss sum, target count and right answers of a batch, from its logits, (B, C) or (B, T, V). Blocks."""
+    targets = batch.targets.to(device)
+    loss = summed_loss(logits, targets)
+    logits, targets = logits.flatten(0, -2), targets.flatten()
     # NO_TARGET is never an argmax, so what is not to be predicted cannot be correct.
     hits = logits.argmax(dim=-1) == targets
     count = count_targets([batch])
@@ -219,23 +228,22 @@ def evaluate_batch(
     return EvalSums(float(loss), count, int(is_right.sum()), int(graded.any(dim=1).sum()))
 
 
-def _summed_loss(
-    model: nn.Module, batch: Batch, precision: Precision, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed cross-entropy (), logits (n, V), targets (n,))."""
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy, (), of logits (B, C) or (B, T, V) for targets (B,) or (B, T)."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+
+
+def _logits(model: nn.Module, batch: Batch, precision: Precision, device: torch.device | str) -> Tensor:
     inputs = batch.inputs.to(device, non_blocking=True)
-    targets = batch.targets.to(device, non_blocking=True).flatten()
     if precision == "fp64" and inputs.is_floating_point():
         inputs = inputs.double()
-    if (half := AUTOCAST_DTYPES.get(precision)) is not None:
-        with torch.autocast(inputs.device.type, dtype=half):
-            logits = model(inputs)
-        logits = logits.float()  # a sum of thousands of losses has no place in 11 bits
-    else:
+    half = AUTOCAST_DTYPES.get(precision)
+    if half is None:
+        logits: Tensor = model(inputs)
+        return logits
+    with torch.autocast(inputs.device.type, dtype=half):
         logits = model(inputs)
-    logits = logits.flatten(0, -2)
-    loss = F.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum")
-    return loss, logits, targets
+    return logits.float()  # a sum of thousands of losses has no place in 11 bits
 
 
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None, factor: float = 1.0) -> float:
@@ -271,6 +279,17 @@ def scale_gradients(grads: list[Tensor], norm: float, max_norm: float | None, fa
         coefficient *= min(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
     if grads and coefficient != 1.0 and math.isfinite(norm):
         torch._foreach_mul_(grads, coefficient)
+
+
+def squares_of(tensors: Sequence[Tensor]) -> list[float]:
+    """The square of each tensor's norm; blocks once, however many there are."""
+    if not tensors:
+        return []
+    # A norm in the gradient's own half precision would have two or three digits.
+    norms = torch._foreach_norm([tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in tensors])
+    # One wait for the device, not one per tensor. Apple's MPS has no float64.
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return [norm * norm for norm in torch.stack([norm.to(widest) for norm in norms]).tolist()]
 
 
 def gradient_norm(grads: list[Tensor]) -> float:
