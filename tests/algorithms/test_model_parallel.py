@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -40,10 +41,12 @@ def build_llama(seed: int) -> nn.Module:
 def even_split(layers: int, stages: int) -> list[range]:
     counts = split_by_shares(layers, [1.0] * stages)
     starts = [sum(counts[:number]) for number in range(stages + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
-def run_staged(case: Case, world_size: int, kind: Callable[..., Any], engine: str = "local", **options: Any) -> list[Outcome]:
+def run_staged(
+    case: Case, world_size: int, kind: Callable[..., Any], engine: str = "local", **options: Any
+) -> list[Outcome]:
     """Train with the layers over `world_size` ranks; the first one sees no targets, the last one no inputs."""
     stages = world_size * (2 if options.get("schedule") == "interleaved" else 1)
 
@@ -65,7 +68,10 @@ def run_staged(case: Case, world_size: int, kind: Callable[..., Any], engine: st
         batches = [[blind(batch, comm.rank) for batch in case.rank_batches(step, 0, 1)] for step in range(case.steps)]
         results = [strategy.train_step(batch) for batch in batches]
         results = [result for result in results if result is not None] + strategy.finish()
-        whole = {name: strategy.whole_parameter(name) for name in [n for n, _ in strategy.model.named_parameters(remove_duplicate=False)]}
+        whole = {
+            name: strategy.whole_parameter(name)
+            for name in [n for n, _ in strategy.model.named_parameters(remove_duplicate=False)]
+        }
         own = {name: param.detach() for name, param in strategy._stages.params.items()}
         return Outcome(results, {name: value for name, value in whole.items() if value is not None} or own)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def check_cut(model: nn.Module, inputs: Tensor, targets: Tensor, bounds: list[in
     """Cut the model behind these layers; logits and gradients are those of the whole."""
     every = layers_of(model)
     edges = [0, *bounds, len(every)]
-    stages = [Stage(copy.deepcopy(model), range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    stages = [Stage(copy.deepcopy(model), range(a, b)) for a, b in itertools.pairwise(edges)]
     outs, ins = [], []
     x = inputs
     for stage in stages:

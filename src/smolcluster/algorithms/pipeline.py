@@ -1,15 +1,17 @@
 """Pipeline parallelism: layers over ranks as in mp, and the batch in micro-batches, so that all ranks compute at once.
 
-Idea      In mp all ranks but one wait. Here a batch is cut into M micro-batches: while rank 1 computes the first one, rank 0
-          computes the second. Who computes what in which order is a schedule, a table that is made, proved and printed before
-          anything runs (training/pipeline_schedule.py); this file only follows it. What is left of the waiting is the
-          bubble, at the beginning until the first micro-batch has reached the last rank, and at the end: the part
-          (P-1) / (M+P-1) of the time. Every micro-batch weighs as much as it has targets, so none has to be full.
-Step      1 zero_grad  2 forward and backward passes as the schedule says  3 agree on the gradient's norm
-          4 optimizer.step on the own layers
-Cost      as mp: what one stage gives the next goes up and down once per step, in M parts; with V stages a rank ("interleaved")
-          V times as much, also from the last rank to the first. Bubble: (P-1) / (VM+P-1). Memory: a rank's layers, and the
-          activations of M micro-batches ("gpipe") or of at most P ("1f1b", and a little more "interleaved").
+Idea      In mp all ranks but one wait. Here a batch is cut into M micro-batches: while rank 1 computes the first one,
+          rank 0 computes the second. Who computes what in which order is a schedule, a table that is made, proved and
+          printed before anything runs (training/pipeline_schedule.py); this file only follows it. What is left of the
+          waiting is the bubble, at the beginning until the first micro-batch has reached the last rank, and at the end:
+          the part (P-1) / (M+P-1) of the time. Every micro-batch weighs as much as it has targets, so none has to be
+          full.
+Step      1 zero_grad  2 forward and backward passes as the schedule says  3 agree on the gradient's norm 4
+          optimizer.step on the own layers
+Cost      as mp: what one stage gives the next goes up and down once per step, in M parts; with V stages a rank
+          ("interleaved") V times as much, also from the last rank to the first. Bubble: (P-1) / (VM+P-1). Memory: a
+          rank's layers, and the activations of M micro-batches ("gpipe") or of at most P ("1f1b", and a little more
+          "interleaved").
 Staleness K = 0: as plain training. K > 0: a gradient is applied K steps late, on all ranks alike; the pipeline is not
           drained at a step's end, so there is no bubble. Each step in flight has its own copy of the weights.
 Breaks if M is small: with M = P almost half of the time is bubble. If one stage takes longer, all wait for it.

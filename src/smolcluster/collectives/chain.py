@@ -1,13 +1,13 @@
 """Sums along a chain of ranks, of which each speaks to its neighbours only.
 
-Ranks that hold consecutive layers of a model send activations to the next rank and gradients to the one before. What they
-have to agree on besides goes the same ways: machines that are cabled one to the next need no other links.
+Ranks that hold consecutive layers of a model send activations to the next rank and gradients to the one before. What
+they have to agree on besides goes the same ways: machines that are cabled one to the next need no other links.
 
     ChainSum   rank 0 -> 1 -> 2 adds up, 2 -> 1 -> 0 brings the total back: 2 (P-1) messages, the same bits everywhere
     EndsSum    rank 0 and rank P-1 give each other a tensor, through the ranks between: what both then hold is its sum
 
-Nothing here has a thread. `poll` does what can be done without waiting; call it now and then, so that ranks that wait for
-this one can go on, and `wait` for the end.
+Nothing here has a thread. `poll` does what can be done without waiting; call it now and then, so that ranks that wait
+for this one can go on, and `wait` for the end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which parts of a model of transformers run one after the other, and how some of them are run by themselves.
 
-Nothing of its code is repeated here: the whole model runs, with stand-ins for what other ranks have (see models/stage.py).
-Its own forward makes masks and positions; what comes from the rank before is put in front of the first block that is here,
-and what the last one gives is taken from it.
+Nothing of its code is repeated here: the whole model runs, with stand-ins for what other ranks have (see
+models/stage.py). Its own forward makes masks and positions; what comes from the rank before is put in front of the
+first block that is here, and what the last one gives is taken from it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def find_layers(model: nn.Module, inner: Any) -> Layers:
 
 
 def _called_before(inner: Any, blocks: tuple[str, ...], beside: list[str]) -> set[str]:
-    """Which of the modules beside the blocks run before them. Found by running the model with nothing in their places."""
+    """Which modules beside the blocks run before them. Found by running the model with nothing in their places."""
     calls: list[tuple[str, Tensor]] = []
     width = inner.config.get_text_config().hidden_size
     originals = {name: inner.get_submodule(name) for name in (*blocks, *beside)}
@@ -83,8 +83,8 @@ class _Recorder(nn.Module):
 
 def _refusal(inner: Any) -> ConfigError:
     return ConfigError(
-        f"a {type(inner).__name__} cannot be cut into stages: its forward is more than an entry, blocks that each give the next "
-        "one a tensor, and an exit. Choose algorithm fsdp"
+        f"a {type(inner).__name__} cannot be cut into stages: its forward is more than an entry, blocks that each give "
+        "the next one a tensor, and an exit. Choose algorithm fsdp"
     )
 
 
@@ -99,11 +99,9 @@ def run_layers(inner: Any, every: Layers, x: Tensor, layers: range) -> Tensor:
             stack.enter_context(_replacing_input(blocks[min(layers.start, len(blocks)) - 1], x))
         if not is_last:
             stack.enter_context(_taking(blocks, layers.stop - 2, given))
-        if is_first:
-            out = inner(input_ids=x, use_cache=False)
-        else:
-            # For the shapes of masks and positions, and for nothing else.
-            out = inner(inputs_embeds=x.detach(), use_cache=False)
+        # Later stages: for the shapes of masks and positions, and for nothing else.
+        given_in = {"input_ids": x} if is_first else {"inputs_embeds": x.detach()}
+        out = inner(**given_in, use_cache=False)
     logits: Tensor = out.logits
     return logits if is_last else given[0]
 

@@ -1,8 +1,8 @@
 """Stages: consecutive layers of a model that one rank computes, and nothing of the rest.
 
-A model's layers are numbered: 0 is its entry (embeddings), 1 to n are its blocks, n + 1 is its exit (the last norm, and the
-head that makes logits). A stage is a range of these numbers. Its parameters keep the names that they have in the model, so
-that a checkpoint does not tell how the model was cut.
+A model's layers are numbered: 0 is its entry (embeddings), 1 to n are its blocks, n + 1 is its exit (the last norm, and
+the head that makes logits). A stage is a range of these numbers. Its parameters keep the names that they have in the
+model, so that a checkpoint does not tell how the model was cut.
 
 A parameter that two layers use (a head tied to the embedding) is there in both, and their gradients are to be added.
 """
@@ -75,8 +75,9 @@ def layers_of(model: nn.Module) -> Layers:
     if isinstance(model, nn.Sequential) and len(model):
         return Layers((), tuple(name for name, _ in model.named_children()), ())
     raise ConfigError(
-        f"a {type(model).__name__} cannot be cut into stages, as nothing says which of its parts run one after the other. "
-        "Make it an nn.Sequential, give it the methods of smolcluster.models.stage.Divisible, or choose algorithm fsdp"
+        f"a {type(model).__name__} cannot be cut into stages, as nothing says which of its parts run one after the "
+        "other. Make it an nn.Sequential, give it the methods of smolcluster.models.stage.Divisible, or choose "
+        "algorithm fsdp"
     )
 
 
@@ -103,8 +104,8 @@ def tied_parameters(model: nn.Module, layers: Layers) -> list[str]:
             raise ConfigError(f"{name} belongs to no layer of the {type(model).__name__}, which can thus not be cut")
         if len(used_by) > 1 and used_by != [0, len(layers) - 1]:
             raise ConfigError(
-                f"{name} is shared by layers {used_by} of the {type(model).__name__}. Only the entry and the exit of a model "
-                "that is cut into stages may share parameters: choose algorithm fsdp"
+                f"{name} is shared by layers {used_by} of the {type(model).__name__}. Only the entry and the exit of a "
+                "model that is cut into stages may share parameters: choose algorithm fsdp"
             )
     return tied
 

@@ -1,17 +1,16 @@
-"""The stages of a model that lie on one rank: built without the rest of it, their parameters under the model's names."""
+"""The stages of a model that lie on one rank, built without the rest of it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from smolcluster.checkpoint.state import Shard
 from smolcluster.collectives.base import Communicator
 from smolcluster.errors import ConfigError
-from smolcluster.kinds import Precision
+from smolcluster.kinds import JsonValue, Precision
 from smolcluster.models.partition import Unit
 from smolcluster.models.stage import Stage, layer_parameters, layers_of, tied_parameters
 
@@ -55,7 +54,9 @@ class OwnStages:
         """
         every = layers_of(model)
         if [layer for part in split for layer in part] != list(range(len(every))) or not all(split):
-            raise ConfigError(f"the stages {[list(part) for part in split]} are not the model's {len(every)} layers in order")
+            raise ConfigError(
+                f"the stages {[list(part) for part in split]} are not the model's {len(every)} layers in order"
+            )
         self.tied = tied_parameters(model, every)
         self.names = [name for name, _ in model.named_parameters()]
         firsts = {id(param): name for name, param in model.named_parameters()}
@@ -67,7 +68,9 @@ class OwnStages:
         of_layer = [list(layer_parameters(model, every, layer)) for layer in range(len(every))]
         given = _move_to_meta(model)
         if values is None and any(tensor.is_meta for tensor in given.values()):
-            raise ConfigError("the model has parameters on the meta device. Pass values=, which gives those of each unit")
+            raise ConfigError(
+                "the model has parameters on the meta device. Pass values=, which gives those of each unit"
+            )
         _move_buffers(model, torch.device("cpu"), precision)
         for buffer in model.buffers():
             comm.broadcast(buffer).wait()
@@ -116,7 +119,10 @@ class OwnStages:
         """The persistent buffers that this rank answers for, by name: of its layers, and on rank 0 of no layer."""
         found: dict[str, Tensor] = {}
         in_layers = {
-            f"{module}." for part in (layers_of(self.model),) for layer in range(len(part)) for module in part.modules(layer)
+            f"{module}."
+            for part in (layers_of(self.model),)
+            for layer in range(len(part))
+            for module in part.modules(layer)
         }
         parameters = {*self.names, *self.aliases}
         own = {name: tensor for stage in self.own.values() for name, tensor in stage.module.state_dict().items()}
@@ -146,7 +152,7 @@ class OwnStages:
                 self.install({name: self.params[name]})
 
     def _check(self) -> None:
-        owned = [name for name in self.params if self.brings(name)]
+        owned: list[JsonValue] = [name for name in self.params if self.brings(name)]
         each = self._comm.exchange(owned)
         self.owners = {str(name): rank for rank, names in enumerate(each) if isinstance(names, list) for name in names}
         assert self.owners.keys() == set(self.names), "every parameter has one owner"

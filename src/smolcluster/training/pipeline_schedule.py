@@ -1,24 +1,25 @@
 """Pipeline schedules as data: for each rank the list of forward and backward passes that it runs, in order.
 
-A model is cut into stages; stage s lies on rank s mod P, so with V stages a rank there are V * P of them. A batch is cut
-into M micro-batches. Forward of micro-batch m goes through the stages upwards, backward downwards. A schedule says only in
-which order each rank works; when it works follows from what it has to wait for.
+A model is cut into stages; stage s lies on rank s mod P, so with V stages a rank there are V * P of them. A batch is
+cut into M micro-batches. Forward of micro-batch m goes through the stages upwards, backward downwards. A schedule says
+only in which order each rank works; when it works follows from what it has to wait for.
 
     gpipe        all forwards, then all backwards: simple, and M micro-batches' activations are held at once
     1f1b         as soon as a backward can run it does: the same bubble, at most P micro-batches are held
     interleaved  1f1b with V > 1 stages a rank: filling the pipeline takes a V-th of the time, V times as many messages
 
-A schedule is one step's. With `lag` it is the steady state of a pipeline that is never drained: then some backwards belong
-to steps before, and have negative numbers.
+A schedule is one step's. With `lag` it is the steady state of a pipeline that is never drained: then some backwards
+belong to steps before, and have negative numbers.
 
-Source: Huang et al. 2019, GPipe, arXiv:1811.06965, section 2.3; Narayanan et al. 2021, Efficient Large-Scale Language Model
-Training on GPU Clusters Using Megatron-LM, arXiv:2104.04473, section 2.2.
+Source: Huang et al. 2019, GPipe, arXiv:1811.06965, section 2.3; Narayanan et al. 2021, Efficient Large-Scale Language
+Model Training on GPU Clusters Using Megatron-LM, arXiv:2104.04473, section 2.2.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from smolcluster.errors import ConfigError
@@ -108,8 +109,9 @@ def _stream(rank: int, micro_batches: int, lag: int) -> list[Action]:
 def _one_f_one_b(rank: int, ranks: int, micro_batches: int, stages_per_rank: int) -> list[Action]:
     """Warm up with so many forwards that the first backward can follow, then one of each, then the rest.
 
-    With several stages a rank, micro-batches go through in groups: each group through all its stages before the next one
-    begins. A group has at least P of them, or a rank would wait between two of its stages; so M need not be a multiple.
+    With several stages a rank, micro-batches go through in groups: each group through all its stages before the next
+    one begins. A group has at least P of them, or a rank would wait between two of its stages; so M need not be a
+    multiple of P.
     """
     groups = _groups(micro_batches, ranks)
     of_rank = [rank + number * ranks for number in range(stages_per_rank)]
@@ -129,7 +131,7 @@ def _groups(micro_batches: int, ranks: int) -> list[range]:
     number = max(1, micro_batches // ranks)
     size, longer = divmod(micro_batches, number)
     starts = [group * size + min(group, longer) for group in range(number + 1)]
-    return [range(start, end) for start, end in zip(starts, starts[1:], strict=False)]
+    return [range(start, end) for start, end in itertools.pairwise(starts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +163,9 @@ class Timeline:
 def check_schedule(schedule: Schedule) -> None:
     """Prove a schedule before anything is launched; any table, also one that `make_schedule` did not make.
 
-    Each forward and backward of each micro-batch is there once, on the rank of its stage, the backward after its forward,
-    and if every rank waits for what an action needs, all come to their end: no deadlock. With a lag this is shown for so
-    many steps as hold it twice.
+    Each forward and backward of each micro-batch is there once, on the rank of its stage, the backward after its
+    forward, and if every rank waits for what an action needs, all come to their end: no deadlock. With a lag this is
+    shown for so many steps as hold it twice.
 
     Raises:
         ConfigError: it is not so; with the first action that is wrong.
@@ -244,7 +246,7 @@ def _check_table(schedule: Schedule, rank: int, table: Sequence[Action], micro_b
     for stage in range(rank, schedule.stages, schedule.ranks):
         for micro in range(micro_batches):
             for direction in ("F", "B"):
-                action = Action(direction, stage, micro)  # type: ignore[arg-type]  # mypy widens the literals
+                action = Action(direction, stage, micro)
                 if action not in done:
                     raise ConfigError(f"the schedule of rank {rank} lacks {describe(action)}")
 
@@ -265,7 +267,11 @@ def _run(schedule: Schedule, tables: Sequence[Sequence[Action]], forward: float,
                 ended[action] = start + (forward if action.direction == "F" else backward)
                 ran.append(Span(action, start, ended[action]))
                 is_moving = True
-    stuck = [(rank, table[len(ran)]) for rank, (ran, table) in enumerate(zip(spans, tables, strict=True)) if len(ran) < len(table)]
+    stuck = [
+        (rank, table[len(ran)])
+        for rank, (ran, table) in enumerate(zip(spans, tables, strict=True))
+        if len(ran) < len(table)
+    ]
     if stuck:
         waiting = "; ".join(f"rank {rank} has to run {describe(action)}" for rank, action in stuck[:3])
         raise ConfigError(f"the schedule comes to a halt, as ranks wait for each other: {waiting}")

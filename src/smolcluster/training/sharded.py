@@ -7,7 +7,6 @@ whole. So a checkpoint of N ranks is read by M, and one of `fsdp` by `classicdp`
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

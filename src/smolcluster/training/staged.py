@@ -1,13 +1,14 @@
 """What an algorithm that divides a model by layers has besides its step: passes, messages, a step's end, checkpoints.
 
-A micro-batch goes up through the stages in forward and down in backward; between two stages it is a message: activations one
-way, their gradients the other. Ranks speak to their neighbours only, also to agree on a step's sums (collectives/chain.py).
+A micro-batch goes up through the stages in forward and down in backward; between two stages it is a message:
+activations one way, their gradients the other. Ranks speak to their neighbours only, also to agree on a step's sums
+(collectives/chain.py).
 
-A head that is tied to the embedding lies on the first and on the last rank. Each computes a part of its gradient; both step
-on the sum, so the copies stay the same.
+A head that is tied to the embedding lies on the first and on the last rank. Each computes a part of its gradient; both
+step on the sum, so the copies stay the same.
 
-With K > 0 a gradient is applied K steps late, and backward of a batch may run when the weights have moved on. So each step
-computes with its own copy of them, a stash, which goes when its backward is done.
+With K > 0 a gradient is applied K steps late, and backward of a batch may run when the weights have moved on. So each
+step computes with its own copy of them, a stash, which goes when its backward is done.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ _EVAL_TAG = 2**28  # and the stage
 _EVAL_SUMS_TAG = 2**29 + 32
 _PARAMETER_TAG = 2**29 + 33
 _SUMS_TAG = 2**29 + 1024
-# Sums of several steps are under way at once and may overtake each other. One tag is the totals', the others are those of
-# tied parameters.
+# Sums of several steps are under way at once and may overtake each other. One tag is the totals', the others are those
+# of tied parameters.
 _SUMS_TAGS = 16
 _STEPS_APART = 1024
 
@@ -191,10 +192,7 @@ class StagedStrategy:
             return
         self._poll()
         self._stages.install(passes.params)
-        if own.is_first:
-            x = self._inputs(batch)
-        else:
-            x = self._arrived(passes, _UP, stage, micro).requires_grad_()
+        x = self._inputs(batch) if own.is_first else self._arrived(passes, _UP, stage, micro).requires_grad_()
         with self._comm.telemetry.span("forward"):
             out = self._run(stage, x)
             if own.is_last:
@@ -285,7 +283,9 @@ class StagedStrategy:
         if is_applied:
             self._optimizer.step()
             names = self._stages.names
-            self._norms.append({n: math.sqrt(s) * correction for n, s in zip(names, sums.squares, strict=True) if s > 0})
+            self._norms.append(
+                {n: math.sqrt(s) * correction for n, s in zip(names, sums.squares, strict=True) if s > 0}
+            )
         return StepResult(due.step, loss, sums.count, sums.samples, grad_norm, lr, is_applied, sums.stop_votes > 0)
 
     def _drain(self) -> None:
@@ -361,7 +361,11 @@ class StagedStrategy:
             if stage.is_first:
                 x = self._inputs(batch)
             else:
-                x = self._comm.recv((number - 1) % self._comm.world_size, _EVAL_TAG + number).result()[0].to(self._device)
+                x = (
+                    self._comm.recv((number - 1) % self._comm.world_size, _EVAL_TAG + number)
+                    .result()[0]
+                    .to(self._device)
+                )
             was_training = stage.module.training
             stage.module.eval()
             try:
@@ -474,9 +478,9 @@ class StagedStrategy:
         own_buffers = stages.buffers()
         for name, buffer in buffers.items():
             check_shape(reader, name, tuple(buffer.shape))
-            value = reader.read(f"model/{name}")
+            stored = reader.read(f"model/{name}")
             if name in own_buffers:
-                own_buffers[name].copy_(value)
+                own_buffers[name].copy_(stored)
         slots = slots_of(reader)
         states: dict[str, dict[str, Any]] = {}
         for name in stages.names:
@@ -505,13 +509,15 @@ class StagedStrategy:
         stored = set(reader.names("pending/"))
         for sums_name in sorted(name for name in stored if name.endswith("/sums")):
             step, loss_sum, count, samples, nonfinite, planned, loss_scale = reader.read(sums_name).tolist()
-            params = {n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in self._stages.params.items()}
+            params = {
+                n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in self._stages.params.items()
+            }
             passes = Passes(round(step), [], params, loss_scale, round(planned), 0)
             for name in self._stages.names:
                 full = f"{sums_name.removesuffix('sums')}grad/{name}"
-                value = self._read(reader, full, name) if full in stored else None
-                if value is not None:
-                    params[name].grad = value.to(params[name].device)
+                grad = self._read(reader, full, name) if full in stored else None
+                if grad is not None:
+                    params[name].grad = grad.to(params[name].device)
             # The sums are those of all ranks: rank 0 brings them in, so that they count once.
             fields = [loss_sum, count, samples, planned, nonfinite]
             self._agree(passes, fields if self._comm.rank == 0 else [0.0] * 5, is_tied_summed=True)
