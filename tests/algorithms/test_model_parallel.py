@@ -2,114 +2,177 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from algorithms.equality import VOCAB, Case, Outcome, build_simple_nn, check_equal, run_single
+from algorithms.equality import Case, build_simple_nn, check_equal, run_single
+from algorithms.staged import build_gpt, build_llama, even_split, make_staged, run_staged, staged_batches
 from collectives.contract import open_group, run_group
-from models.hf_folders import hf_config, transformers
 from smolcluster.algorithms.model_parallel import ModelParallel
-from smolcluster.algorithms.pipeline import Pipeline
-from smolcluster.collectives.base import Communicator
-from smolcluster.data.batch import Batch
-from smolcluster.data.sampler import split_by_shares
-from smolcluster.models.gpt import GPT, GPTConfig
-from smolcluster.models.hf import HFModel, init_hf_parameters
-from smolcluster.models.stage import layers_of
+from smolcluster.collectives.base import Communicator, Work
+from smolcluster.errors import ConfigError, TrainingStopped
+from smolcluster.models.checkpointing import checkpoint_activations
 from smolcluster.training.optim import optimizer_factory
-from smolcluster.training.schedule import lr_schedule
-
-
-def build_gpt(seed: int, blocks: int = 6) -> nn.Module:
-    return GPT(GPTConfig(VOCAB, 8, blocks, 2, 12, 0.0, 8), seed)
-
-
-def build_llama(seed: int) -> nn.Module:
-    config = hf_config("llama", vocab_size=VOCAB, hidden_size=8, intermediate_size=12, num_hidden_layers=6)
-    with torch.random.fork_rng(devices=[]):
-        inner = transformers().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        init_hf_parameters(inner, seed)
-    return HFModel(inner, None).train()
-
-
-def even_split(layers: int, stages: int) -> list[range]:
-    counts = split_by_shares(layers, [1.0] * stages)
-    starts = [sum(counts[:number]) for number in range(stages + 1)]
-    return [range(a, b) for a, b in itertools.pairwise(starts)]
-
-
-def run_staged(
-    case: Case, world_size: int, kind: Callable[..., Any], engine: str = "local", **options: Any
-) -> list[Outcome]:
-    """Train with the layers over `world_size` ranks; the first one sees no targets, the last one no inputs."""
-    stages = world_size * (2 if options.get("schedule") == "interleaved" else 1)
-
-    def blind(batch: Batch, rank: int) -> Batch:
-        inputs, targets = batch.inputs, batch.targets
-        if rank != 0:
-            inputs = torch.empty(batch.samples, 0)
-        if rank != world_size - 1:
-            targets = torch.empty(batch.samples, 0)
-        return Batch(inputs, targets, batch.planned_count)
-
-    def train(comm: Communicator) -> Outcome:
-        model = case.build(comm.rank)
-        schedule = lr_schedule("cosine", 3e-3, 5, 1e-4, case.steps)
-        strategy = kind(
-            model, optimizer_factory("adamw", 3e-3, 0.1), comm, split=even_split(len(layers_of(model)), stages),
-            precision=case.precision, lr_schedule=schedule, **case.options, **options,
-        )  # fmt: skip
-        batches = [[blind(batch, comm.rank) for batch in case.rank_batches(step, 0, 1)] for step in range(case.steps)]
-        results = [strategy.train_step(batch) for batch in batches]
-        results = [result for result in results if result is not None] + strategy.finish()
-        whole = {
-            name: strategy.whole_parameter(name)
-            for name in [n for n, _ in strategy.model.named_parameters(remove_duplicate=False)]
-        }
-        own = {name: param.detach() for name, param in strategy._stages.params.items()}
-        return Outcome(results, {name: value for name, value in whole.items() if value is not None} or own)
-
-    return run_group(open_group(engine, world_size), train)
-
 
 CASE = Case(build=build_gpt)
+SCHEDULES = ["gpipe", "1f1b", "interleaved"]
+
+
+def single(case: Case) -> Any:
+    """The reference, which knows no schedule."""
+    return run_single(replace(case, options={k: v for k, v in case.options.items() if k != "schedule"}))
+
+
+def named(schedule: str | None) -> dict[str, str]:
+    """mp has no schedule."""
+    return {} if schedule is None else {"schedule": schedule}
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_mp_equals_single(world_size: int, bound: int) -> None:
     case = replace(CASE, micro_batches=2).with_options(grad_clip_norm=0.5, staleness_bound=bound)
-    check_equal(run_single(case), run_staged(case, world_size, ModelParallel), "fp64")
+    check_equal(single(case), run_staged(case, world_size), "fp64")
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("micro_batches", [1, 3, 4, 8])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_a_pipeline_equals_single(world_size: int, micro_batches: int, schedule: str) -> None:
+    """45 samples in steps of 10: micro-batches of unequal size, also some without samples."""
     case = replace(CASE, micro_batches=micro_batches).with_options(grad_clip_norm=0.5)
-    check_equal(run_single(case), run_staged(case, world_size, Pipeline, schedule=schedule), "fp64")
+    check_equal(single(case), run_staged(case, world_size, schedule=schedule), "fp64")
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("bound", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_pipeline_that_is_never_drained_equals_single(world_size: int, bound: int, schedule: str) -> None:
     case = replace(CASE, micro_batches=3).with_options(grad_clip_norm=0.5, staleness_bound=bound)
-    check_equal(run_single(case), run_staged(case, world_size, Pipeline, schedule=schedule), "fp64")
+    check_equal(single(case), run_staged(case, world_size, schedule=schedule), "fp64")
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_a_llama_equals_single(schedule: str) -> None:
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_llama_equals_single(world_size: int, schedule: str | None) -> None:
     case = replace(CASE, build=build_llama, micro_batches=3)
-    check_equal(run_single(case), run_staged(case, 3, Pipeline, schedule=schedule), "fp64")
+    check_equal(single(case), run_staged(case, world_size, **named(schedule)), "fp64")
+
+
+@pytest.mark.parametrize("schedule", [None, "1f1b"])
+def test_float32_equals_single(schedule: str | None) -> None:
+    case = replace(CASE, precision="fp32", micro_batches=4).with_options(grad_clip_norm=0.5)
+    check_equal(single(case), run_staged(case, 3, **named(schedule)), "fp32")
+
+
+@pytest.mark.parametrize("engine", ["tcp", "gloo"])
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+def test_over_sockets(schedule: str | None, engine: str) -> None:
+    case = replace(CASE, micro_batches=4, steps=12)
+    check_equal(single(case), run_staged(case, 3, engine, **named(schedule)), "fp64")
 
 
 def test_a_network_without_blocks_equals_single() -> None:
     case = replace(CASE, build=build_simple_nn, is_text=False)
-    check_equal(run_single(case), run_staged(case, 2, ModelParallel), "fp64")
+    check_equal(single(case), run_staged(case, 2), "fp64")
+
+
+def build_checkpointed(seed: int) -> nn.Module:
+    model = build_gpt(seed)
+    assert checkpoint_activations(model) == 6
+    return model
+
+
+@pytest.mark.parametrize("bound", [0, 2])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_activation_checkpointing_changes_nothing(schedule: str, bound: int) -> None:
+    """Forward runs again within backward: with the weights of its own step."""
+    case = replace(CASE, build=build_checkpointed, micro_batches=4).with_options(staleness_bound=bound)
+    check_equal(single(case), run_staged(case, 3, schedule=schedule), "fp64")
+
+
+def build_frozen(seed: int) -> nn.Module:
+    """Embeddings and the first two blocks are not trained."""
+    model = build_gpt(seed)
+    for name, param in model.named_parameters():
+        param.requires_grad = not name.startswith(("token", "position", "blocks.0.", "blocks.1."))
+    return model
+
+
+@pytest.mark.parametrize("schedule", [None, "1f1b"])
+def test_frozen_layers_stay(schedule: str | None) -> None:
+    case = replace(CASE, build=build_frozen, micro_batches=2)
+    check_equal(single(case), run_staged(case, 4, **named(schedule)), "fp64")
+
+
+def test_every_layers_weights_change() -> None:
+    case = replace(CASE, micro_batches=4, steps=3)
+    before = {name: param.double() for name, param in build_gpt(0).named_parameters()}
+    after = run_staged(case, 4, schedule="1f1b")[0].weights
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+class CountingCommunicator:
+    """Counts what is sent to whom; passes everything on."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self.sent: dict[int, int] = {}
+        self.others: list[str] = []
+
+    def send(self, tensor: Tensor, dst: int, tag: int) -> Work:
+        self.sent[dst] = self.sent.get(dst, 0) + tensor.nbytes
+        return self._comm.send(tensor, dst, tag)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "exchange", "barrier"):
+            self.others.append(name)
+        return getattr(self._comm, name)
+
+
+@pytest.mark.parametrize("schedule", [None, "gpipe", "1f1b"])
+def test_ranks_speak_to_their_neighbours_only(schedule: str | None) -> None:
+    """Activations and gradients of (10, 8) tokens of width 8, the tied embedding's gradient, and the sums."""
+    case = replace(CASE, micro_batches=2, precision="fp32")
+    case = case.with_options(**named(schedule))
+
+    def train(comm: Communicator) -> tuple[dict[int, int], list[str]]:
+        counting: Any = CountingCommunicator(comm)
+        strategy = make_staged(case.build(comm.rank), counting, case)
+        counting.sent, counting.others = {}, []
+        for step in range(4):
+            strategy.train_step(staged_batches(case, step, comm.rank, comm.world_size))
+        strategy.add_up(strategy.eval_step(staged_batches(case, 0, comm.rank, comm.world_size)[0]))
+        return counting.sent, counting.others
+
+    sent = run_group(open_group("local", 3), train)
+    assert [sorted(peers) for peers, _ in sent] == [[1], [0, 2], [1]]
+    assert all(not others for _, others in sent)
+    activations = 4 * 10 * 8 * 8 * 4 + 5 * 8 * 8 * 4
+    tied = 4 * 19 * 8 * 4
+    sums = 4 * 8 * (6 + len(list(build_gpt(0).parameters()))) + 32
+    assert sent[0][0][1] == activations + tied + sums
+
+
+def test_a_split_that_is_not_the_models_is_refused() -> None:
+    def build(comm: Communicator) -> None:
+        with pytest.raises(ConfigError, match="8 layers in order"):
+            ModelParallel(build_gpt(0), optimizer_factory("adamw", 1e-3, 0.1), comm, split=even_split(7, 2))
+
+    run_group(open_group("local", 2), build)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks() -> None:
+    def build_broken(seed: int) -> nn.Module:
+        model = build_gpt(seed)
+        with torch.no_grad():
+            model.get_parameter("norm.weight").fill_(float("nan"))
+        return model
+
+    with pytest.raises(TrainingStopped, match="step 0"):
+        run_staged(replace(CASE, build=build_broken), 3, schedule="1f1b")

@@ -25,7 +25,7 @@ from smolcluster.config.schema import Config
 from smolcluster.data.batch import Batch
 from smolcluster.errors import SmolError
 from smolcluster.kinds import JsonObject
-from smolcluster.run.build import Parts, assemble, prepare
+from smolcluster.run.build import Assembly, Parts, assemble, prepare
 from smolcluster.run.connect import alone, join_torch
 from smolcluster.training.step import count_targets
 from smolcluster.training.strategy import Strategy
@@ -56,6 +56,25 @@ class Contestant:
     takes_part: bool = True
     steps: int = 0
     loss: float = field(default=math.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entrant:
+    """Our side, ready to train, and what the others are made of.
+
+    Attributes:
+        strategy: ours.
+        parts: what a rank has before it needs the others.
+        initial: the whole model, with its first weights.
+        steps_of_data: this rank's micro-batches, step by step.
+        split: of a pipeline: the layers of each stage.
+    """
+
+    strategy: Strategy
+    parts: Parts
+    initial: torch.nn.Module
+    steps_of_data: Sequence[Sequence[Batch]]
+    split: Sequence[range] = ()
 
 
 def main() -> None:
@@ -89,23 +108,22 @@ def _meet(job: JsonObject, config: Config, rank: int, world_size: int) -> Commun
 
 
 def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
-    names = [f"rank{rank}" for rank in range(comm.world_size)]
-    parts = prepare(config, comm.rank, names, local_rank=comm.rank)
-    initial = copy.deepcopy(parts.model) if parts.values is None else _whole_model(parts, names)
-    ours = assemble(parts, comm)
-    with ours.loader as loader:
-        steps_of_data = [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, ours.steps))]
-    contestants = {"ours": Contestant(_strategy_step(ours.strategy))}
+    entrant = _pipeline(config, comm) if config.algorithm == "mp_pipeline" else _alike(config, comm)
+    strategy, parts, initial = entrant.strategy, entrant.parts, entrant.initial
+    contestants = {"ours": Contestant(_strategy_step(strategy))}
     against = cast("str | None", job["against"])
-    with_torch = against in ("ddp", "fully_shard")
+    with_torch = against in ("ddp", "fully_shard", "torch_pipelining")
     if with_torch:
-        _add_torch(contestants, job, parts, initial, comm)
+        _add_torch(contestants, job, entrant, config, comm)
     elif against == "single":
         config_alone = config.model_copy(update={"algorithm": "single"})
         single = replace(parts, model=copy.deepcopy(initial), values=None, config=config_alone)
         step = _strategy_step(assemble(single, alone()).strategy)
+        step = _on_whole_batch(step) if job["whole_batch"] else step
         contestants["against"] = Contestant(step, takes_part=comm.rank == 0)
-    blocks = _Blocks(steps_of_data, comm, parts.device, cast("int", job["warmup_steps"]))
+    # What all ranks of a pipeline see is one batch.
+    counts = not entrant.split or comm.rank == 0
+    blocks = _Blocks(entrant.steps_of_data, comm, parts.device, cast("int", job["warmup_steps"]), counts=counts)
     for contestant in contestants.values():
         blocks.run(contestant, 1)  # connections are open and memory is there
     congestion = equalise() if job["congestion"] == "equal" else "each its own"
@@ -117,7 +135,7 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
         seconds_and_tokens = {name: blocks.run(contestants[name], steps) for name in order}
         pairs.append({name: [*seconds_and_tokens[name]] for name in contestants})
     losses = {name: _mean(comm.exchange(contestant.loss)) for name, contestant in contestants.items()}
-    ours.strategy.finish()  # what is still on its way is sent as well
+    strategy.finish()  # what is still on its way is sent as well
     sent_bytes = comm.telemetry.counter("link/sent_bytes")
     if with_torch:
         comm.barrier()
@@ -132,6 +150,31 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
     }
 
 
+def _alike(config: Config, comm: Communicator) -> _Entrant:
+    """Where all ranks are alike: each has its own part of the batch."""
+    names = [f"rank{rank}" for rank in range(comm.world_size)]
+    parts = prepare(config, comm.rank, names, local_rank=comm.rank)
+    initial = copy.deepcopy(parts.model) if parts.values is None else _whole_model(parts, names)
+    ours = assemble(parts, comm)
+    return _Entrant(ours.strategy, parts, initial, _steps_of_data(ours))
+
+
+def _pipeline(config: Config, comm: Communicator) -> _Entrant:
+    """A pipeline: every rank reads the whole batch, so that rank 0 can train by itself as well."""
+    from smolcluster.bench.pipelining import our_pipeline, pipeline_split
+
+    parts = prepare(config.model_copy(update={"algorithm": "single"}), 0, ["rank0"], local_rank=comm.rank)
+    initial = copy.deepcopy(parts.model)
+    split = pipeline_split(config, initial, comm.world_size)
+    steps_of_data = _steps_of_data(assemble(replace(parts, model=copy.deepcopy(initial)), alone()))
+    return _Entrant(our_pipeline(parts.model, config, parts.device, comm, split), parts, initial, steps_of_data, split)
+
+
+def _steps_of_data(assembly: Assembly) -> list[list[Batch]]:
+    with assembly.loader as loader:
+        return [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, assembly.steps))]
+
+
 def _whole_model(parts: Parts, names: Sequence[str]) -> torch.nn.Module:
     """What stage 3 builds without values, with them."""
     cluster = parts.config.cluster.model_copy(update={"fsdp_stage": 0})
@@ -139,16 +182,22 @@ def _whole_model(parts: Parts, names: Sequence[str]) -> torch.nn.Module:
 
 
 def _add_torch(
-    contestants: dict[str, Contestant], job: JsonObject, parts: Parts, initial: torch.nn.Module, comm: Communicator
+    contestants: dict[str, Contestant], job: JsonObject, entrant: _Entrant, config: Config, comm: Communicator
 ) -> None:
     """torch's side; and, where exposed communication is asked for, both sides once more without communication."""
-    config, against = parts.config, str(job["against"])
+    against, parts, initial = str(job["against"]), entrant.parts, entrant.initial
     torch.distributed.init_process_group(
         "nccl" if config.backend == "nccl" else "gloo",
         init_method=f"{job['meeting']}-{against}",
         rank=comm.rank,
         world_size=comm.world_size,
     )
+    if against == "torch_pipelining":
+        from smolcluster.bench.pipelining import PipeliningTraining
+
+        pipeline = PipeliningTraining(copy.deepcopy(initial), config, parts.device, split=entrant.split)
+        contestants["against"] = Contestant(pipeline.train_step)
+        return
     make = _torch_training(against)
     contestants["against"] = Contestant(make(copy.deepcopy(initial), config, parts.device).train_step)
     if not job["exposed"]:
@@ -178,14 +227,31 @@ def _strategy_step(strategy: Strategy) -> Callable[[Sequence[Batch]], float | No
     return step
 
 
+def _on_whole_batch(
+    step: Callable[[Sequence[Batch]], float | None],
+) -> Callable[[Sequence[Batch]], float | None]:
+    def step_whole(batches: Sequence[Batch]) -> float | None:
+        inputs, targets = (torch.cat(parts) for parts in zip(*((b.inputs, b.targets) for b in batches), strict=True))
+        return step([Batch(inputs, targets, batches[0].planned_count)])
+
+    return step_whole
+
+
 class _Blocks:
     """Lets a contestant train for a while, on all ranks at the same time."""
 
     def __init__(
-        self, steps_of_data: Sequence[Sequence[Batch]], comm: Communicator, device: torch.device, warmup_steps: int
+        self,
+        steps_of_data: Sequence[Sequence[Batch]],
+        comm: Communicator,
+        device: torch.device,
+        warmup_steps: int,
+        *,
+        counts: bool = True,
     ) -> None:
+        """`counts`: whether this rank's targets are not also another one's."""
         self._data = steps_of_data
-        self._tokens = [count_targets(batches) for batches in steps_of_data]
+        self._tokens = [count_targets(batches) if counts else 0 for batches in steps_of_data]
         self._comm = comm
         self._device = device
         self._warmup_steps = warmup_steps

@@ -8,8 +8,8 @@ only in which order each rank works; when it works follows from what it has to w
     1f1b         as soon as a backward can run it does: the same bubble, at most P micro-batches are held
     interleaved  1f1b with V > 1 stages a rank: filling the pipeline takes a V-th of the time, V times as many messages
 
-A schedule is one step's. With `lag` it is the steady state of a pipeline that is never drained: then some backwards
-belong to steps before, and have negative numbers.
+A schedule is one step's. With `lag` it is a step of a pipeline that is never drained: some backwards belong to steps
+before, and have negative numbers.
 
 Source: Huang et al. 2019, GPipe, arXiv:1811.06965, section 2.3; Narayanan et al. 2021, Efficient Large-Scale Language
 Model Training on GPU Clusters Using Megatron-LM, arXiv:2104.04473, section 2.2.
@@ -18,9 +18,9 @@ Model Training on GPU Clusters Using Megatron-LM, arXiv:2104.04473, section 2.2.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from smolcluster.errors import ConfigError
 from smolcluster.kinds import PipelineSchedule
@@ -76,13 +76,15 @@ def make_schedule(
             runs all its own.
 
     Raises:
-        ConfigError: a number is below 1.
+        ConfigError: there is no such schedule, or a number is below 1.
     """
+    if name not in get_args(PipelineSchedule):
+        raise ConfigError(f"schedule {name} is unknown. Use one of {', '.join(get_args(PipelineSchedule))}")
     if name != "interleaved":
         stages_per_rank = 1
     for key, value in (("ranks", ranks), ("micro_batches", micro_batches), ("stages_per_rank", stages_per_rank)):
         if value < 1:
-            raise ConfigError(f"a pipeline with {key} {value}: it must be at least 1")
+            raise ConfigError(f"a pipeline with {key} {value} cannot be: give 1 or more")
     lag = [0] * ranks
     if max_lag and name != "interleaved":
         # What is filled once and never drained: each rank is as far behind as it would be after filling.
@@ -164,58 +166,49 @@ def check_schedule(schedule: Schedule) -> None:
     """Prove a schedule before anything is launched; any table, also one that `make_schedule` did not make.
 
     Each forward and backward of each micro-batch is there once, on the rank of its stage, the backward after its
-    forward, and if every rank waits for what an action needs, all come to their end: no deadlock. With a lag this is
-    shown for so many steps as hold it twice.
+    forward, and if every rank waits for what an action needs, all come to their end: no deadlock. A step with a lag
+    begins with what the steps before have left and leaves the same: if one comes to its end, all do.
 
     Raises:
         ConfigError: it is not so; with the first action that is wrong.
     """
-    for rank, actions in enumerate(schedule.actions):
-        for action in actions:
-            if action.stage % schedule.ranks != rank or not 0 <= action.stage < schedule.stages:
-                raise ConfigError(f"the schedule gives rank {rank} {describe(action)}, a stage that it does not have")
-    steps = 1 if not any(schedule.lag) else 2 + 2 * -(-max(schedule.lag) // schedule.micro_batches)
-    tables = [list(unrolled(schedule, rank, steps)) for rank in range(schedule.ranks)]
-    for rank, table in enumerate(tables):
-        _check_table(schedule, rank, table, steps * schedule.micro_batches)
-    _run(schedule, tables, 1.0, 1.0)
+    if not len(schedule.actions) == len(schedule.lag) == schedule.ranks:
+        raise ConfigError(
+            f"the schedule is of {schedule.ranks} ranks, but has actions for {len(schedule.actions)} and a lag for "
+            f"{len(schedule.lag)}. Give one of each per rank"
+        )
+    for rank in range(schedule.ranks):
+        _check_rank(schedule, rank)
+    _run(schedule, 1.0, 1.0)
 
 
 def timeline(schedule: Schedule, forward: float = 1.0, backward: float = 2.0) -> Timeline:
     """Run one step of a schedule in thought.
 
     Args:
-        schedule: without lag.
+        schedule: of one with a lag the first micro-batch still has to come up through the ranks; the backwards of
+            earlier steps need not wait.
         forward: how long a stage's forward takes.
         backward: how long its backward takes; usually twice as long, and with activation checkpointing three times.
 
     Raises:
         ConfigError: the ranks wait for each other for ever.
     """
-    spans = _run(schedule, [list(actions) for actions in schedule.actions], forward, backward)
+    spans = _run(schedule, forward, backward)
     duration = max((ran[-1].end for ran in spans if ran), default=0.0)
     busy = sum(span.end - span.start for ran in spans for span in ran)
     bubble = 1 - busy / (duration * schedule.ranks) if duration else 0.0
-    return Timeline(tuple(map(tuple, spans)), duration, bubble, tuple(_held(table) for table in schedule.actions))
+    held = tuple(
+        _held(actions, lag * schedule.stages_per_rank)
+        for actions, lag in zip(schedule.actions, schedule.lag, strict=True)
+    )
+    return Timeline(tuple(map(tuple, spans)), duration, bubble, held)
 
 
 def ideal_bubble(schedule: Schedule) -> float:
     """(P - 1) / (V M + P - 1), the least with these stages where backward takes a fixed multiple of forward's time."""
     fill = schedule.ranks - 1
     return fill / (schedule.stages_per_rank * schedule.micro_batches + fill)
-
-
-def unrolled(schedule: Schedule, rank: int, steps: int) -> Iterator[Action]:
-    """A rank's actions over several steps and until all is done, micro-batches numbered through."""
-    late: list[Action] = []
-    for step in range(steps):
-        first = step * schedule.micro_batches
-        for action in schedule.actions[rank]:
-            if action.micro + first >= 0:
-                yield action._replace(micro=action.micro + first)
-    end = steps * schedule.micro_batches
-    late = [Action("B", rank, micro) for micro in range(end - schedule.lag[rank], end)]
-    yield from late
 
 
 def describe(action: Action) -> str:
@@ -233,54 +226,70 @@ def needs(action: Action, stages: int) -> Action | None:
     return action._replace(stage=action.stage + 1)
 
 
-def _check_table(schedule: Schedule, rank: int, table: Sequence[Action], micro_batches: int) -> None:
-    done: set[Action] = set()
-    for action in table:
+def _check_rank(schedule: Schedule, rank: int) -> None:
+    own, count, lag = range(rank, schedule.stages, schedule.ranks), schedule.micro_batches, schedule.lag[rank]
+    due = [Action("F", stage, micro) for stage in own for micro in range(count)]
+    due += [Action("B", stage, micro - lag) for stage in own for micro in range(count)]
+    left, done = set(due), set[Action]()
+    for action in schedule.actions[rank]:
         if action in done:
             raise ConfigError(f"the schedule of rank {rank} has {describe(action)} twice")
-        if not 0 <= action.micro < micro_batches:
-            raise ConfigError(f"the schedule of rank {rank} has {describe(action)}, but there is no such micro-batch")
-        if action.direction == "B" and action._replace(direction="F") not in done:
+        if action not in left:
+            raise ConfigError(
+                f"the schedule of rank {rank} has {describe(action)}. What it may have: stages {list(own)}, forwards "
+                f"of micro-batches 0 to {count - 1}, backwards of {-lag} to {count - 1 - lag}"
+            )
+        if action.direction == "B" and action.micro >= 0 and action._replace(direction="F") not in done:
             raise ConfigError(f"the schedule of rank {rank} has {describe(action)} before its forward")
+        left.remove(action)
         done.add(action)
-    for stage in range(rank, schedule.stages, schedule.ranks):
-        for micro in range(micro_batches):
-            for direction in ("F", "B"):
-                action = Action(direction, stage, micro)
-                if action not in done:
-                    raise ConfigError(f"the schedule of rank {rank} lacks {describe(action)}")
+    if left:
+        missing = next(action for action in due if action in left)
+        raise ConfigError(f"the schedule of rank {rank} lacks {describe(missing)}")
 
 
-def _run(schedule: Schedule, tables: Sequence[Sequence[Action]], forward: float, backward: float) -> list[list[Span]]:
+def _run(schedule: Schedule, forward: float, backward: float) -> list[list[Span]]:
+    """Let every rank go on as far as it can, in turn, until none can."""
     ended: dict[Action, float] = {}
-    spans: list[list[Span]] = [[] for _ in tables]
+    spans: list[list[Span]] = [[] for _ in schedule.actions]
+
+    def ready_at(action: Action) -> float | None:
+        needed = needs(action, schedule.stages)
+        if needed is None or _was_before(needed, schedule):
+            return 0.0
+        return ended.get(needed)
+
     is_moving = True
     while is_moving:
         is_moving = False
-        for ran, table in zip(spans, tables, strict=True):
-            while len(ran) < len(table):
-                action = table[len(ran)]
-                needed = needs(action, schedule.stages)
-                if needed is not None and needed not in ended:
+        for ran, actions in zip(spans, schedule.actions, strict=True):
+            for action in actions[len(ran) :]:
+                ready = ready_at(action)
+                if ready is None:
                     break
-                start = max(ran[-1].end if ran else 0.0, ended[needed] if needed is not None else 0.0)
+                start = max(ready, ran[-1].end if ran else 0.0)
                 ended[action] = start + (forward if action.direction == "F" else backward)
                 ran.append(Span(action, start, ended[action]))
                 is_moving = True
     stuck = [
-        (rank, table[len(ran)])
-        for rank, (ran, table) in enumerate(zip(spans, tables, strict=True))
-        if len(ran) < len(table)
+        f"rank {rank} has to run {describe(actions[len(ran)])}"
+        for rank, (ran, actions) in enumerate(zip(spans, schedule.actions, strict=True))
+        if len(ran) < len(actions)
     ]
     if stuck:
-        waiting = "; ".join(f"rank {rank} has to run {describe(action)}" for rank, action in stuck[:3])
-        raise ConfigError(f"the schedule comes to a halt, as ranks wait for each other: {waiting}")
+        raise ConfigError(f"the schedule comes to a halt, as ranks wait for each other: {'; '.join(stuck[:3])}")
     return spans
 
 
-def _held(table: Sequence[Action]) -> int:
-    held = most = 0
-    for action in table:
+def _was_before(action: Action, schedule: Schedule) -> bool:
+    """Whether an action was done in the steps before this one."""
+    lag = 0 if action.direction == "F" else schedule.lag[action.stage % schedule.ranks]
+    return action.micro < -lag
+
+
+def _held(actions: Sequence[Action], before: int) -> int:
+    held = most = before
+    for action in actions:
         held += 1 if action.direction == "F" else -1
         most = max(most, held)
     return most

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class StepResult:
         stop: True when some rank asked to stop.
         spans_until: the number up to which what this rank measured belongs to the step, where an algorithm does not
             know the step's number while it computes; None: `step` itself.
+        metrics: what the model has measured of itself, by the names that metrics have; None: nothing.
     """
 
     step: int
@@ -60,6 +61,7 @@ class StepResult:
     applied: bool = True
     stop: bool = False
     spans_until: int | None = None
+    metrics: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,48 @@ class EvalSums:
             self.correct + other.correct,
             self.graded + other.graded,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchPlace:
+    """Where this rank's share of a micro-batch stands in its step.
+
+    Attributes:
+        first_sample: number of its first sample in the global batch.
+        targets: of the whole micro-batch, over all ranks.
+    """
+
+    first_sample: int
+    targets: int
+
+
+@runtime_checkable
+class HasAuxiliaryLoss(Protocol):
+    """A model whose training has losses besides the cross-entropy, and which measures itself (models/moe.py).
+
+    `train/loss` stays the plain cross-entropy.
+    """
+
+    def begin_micro_batch(self, step: int | None, first_sample: int) -> None:
+        """Called before each forward in training; `first_sample` as in MicroBatchPlace."""
+        ...
+
+    def auxiliary_loss(self, targets: int) -> Tensor:
+        """Of the last forward, this rank's part, weighted as the mean loss of so many targets: (), with gradients."""
+        ...
+
+    def take_sums(self) -> Tensor:
+        """What it has measured since the last call, to be added up over ranks: (n,) float64 on the CPU. Blocks."""
+        ...
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """Of sums over all ranks, by name."""
+        ...
+
+
+def take_metrics(model: nn.Module) -> dict[str, float] | None:
+    """What a model has measured since the last call, on one rank; None if it measures nothing. Blocks."""
+    return model.metrics(model.take_sums()) if isinstance(model, HasAuxiliaryLoss) else None
 
 
 def prepare_model(model: nn.Module, precision: Precision, device: torch.device | str) -> nn.Module:
@@ -141,6 +185,8 @@ def forward_backward(
     device: torch.device | str = "cpu",
     before_last: Callable[[Tensor], None] | None = None,
     telemetry: Telemetry | None = None,
+    step: int | None = None,
+    places: Sequence[MicroBatchPlace] | None = None,
 ) -> Tensor:
     """Add the gradient of `scale` times the summed loss of all micro-batches to the parameters' `.grad`.
 
@@ -155,24 +201,44 @@ def forward_backward(
         before_last: called with the summed loss when only the last micro-batch's backward remains; not called
             if no micro-batch has samples. This is where gradient hooks are armed.
         telemetry: gets a "forward" and a "backward" span per micro-batch.
+        step: the step's number, for models with auxiliary losses.
+        places: for the same models, where each micro-batch stands, if ranks compute parts of it together. Then one
+            without samples is computed as well, as the other ranks wait for it.
 
     Returns:
-        The summed loss without `scale`, (), on `device`.
+        The summed cross-entropy without `scale`, (), on `device`.
     """
-    batches = [batch for batch in batches if batch.samples]
+    if places is None:
+        batches = [batch for batch in batches if batch.samples]
+    auxiliary = model if isinstance(model, HasAuxiliaryLoss) else None
+    if auxiliary is not None and places is None:
+        places = _own_places(batches)
     loss_sum: Tensor | None = None
     for i, batch in enumerate(batches):
         with telemetry.span("forward") if telemetry else contextlib.nullcontext():
             targets = batch.targets.to(device, non_blocking=True)
+            if auxiliary is not None and places is not None:
+                auxiliary.begin_micro_batch(step, places[i].first_sample)
             loss = summed_loss(_logits(model, batch, precision, device), targets)
         detached = loss.detach()
         loss_sum = detached if loss_sum is None else loss_sum + detached
         if before_last is not None and i == len(batches) - 1:
             before_last(loss_sum)
+        if auxiliary is not None and places is not None:
+            loss = loss + auxiliary.auxiliary_loss(places[i].targets)
         with telemetry.span("backward") if telemetry else contextlib.nullcontext():
             # The scale enters as the loss's own gradient: one node of the graph less than a product.
             loss.backward(torch.full_like(loss, scale))  # type: ignore[no-untyped-call]
     return torch.zeros((), device=device) if loss_sum is None else loss_sum
+
+
+def _own_places(batches: Sequence[Batch]) -> list[MicroBatchPlace]:
+    """Of the micro-batches of a rank that has nobody to compute them with."""
+    places, first = [], 0
+    for batch in batches:
+        places.append(MicroBatchPlace(first, count_targets([batch])))
+        first += batch.samples
+    return places
 
 
 def filled(batch: Batch) -> Batch:
@@ -198,10 +264,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate_batch(
-    model: nn.Module, batch: Batch, precision: Precision = "fp32", device: torch.device | str = "cpu"
+    model: nn.Module,
+    batch: Batch,
+    precision: Precision = "fp32",
+    device: torch.device | str = "cpu",
+    *,
+    also_empty: bool = False,
 ) -> EvalSums:
-    """Loss sum, target count and right answers of one batch; leaves the model as it found it. Blocks."""
-    if not batch.samples:
+    """Loss sum, target count and right answers of one batch; leaves the model as it found it. Blocks.
+
+    `also_empty` computes a batch without samples as well, for other ranks that wait for it.
+    """
+    if not batch.samples and not also_empty:
         return EvalSums(0.0, 0, 0, 0)
     was_training = model.training
     model.eval()
