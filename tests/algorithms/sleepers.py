@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +17,10 @@ from smolcluster.kinds import PipelineSchedule
 from smolcluster.training.optim import optimizer_factory
 
 CLASSES, SAMPLES = 4, 2
-
-
-def sleep_overshoot() -> float:
-    """By how many seconds `time.sleep` comes back late here: the median of some."""
-    late = []
-    for _ in range(41):
-        start = time.perf_counter()
-        time.sleep(0.005)
-        late.append(time.perf_counter() - start - 0.005)
-    return statistics.median(late)
+# A step is longer by what messages and Python cost, about 1 ms per micro-batch and stage when others use the machine
+# too. So that this is little beside the bubble, which is P - 1 sleeps, these grow with the number of passes.
+_SECONDS_PER_PASS = 0.02
+_SHORTEST = 0.06
 
 
 class _Sleep(torch.autograd.Function):
@@ -57,14 +50,12 @@ class Sleeper(nn.Module):
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: P, M, V, and seconds of a rank's forward and backward of a micro-batch, over all its stages."""
+    """What is measured: a schedule for P, M and V."""
 
     schedule: PipelineSchedule
     ranks: int
     micro_batches: int
     stages_per_rank: int = 1
-    forward: float = 0.01
-    backward: float = 0.02
 
     @property
     def ideal(self) -> float:
@@ -72,37 +63,49 @@ class Cell:
         return (self.ranks - 1) / (self.stages_per_rank * self.micro_batches + self.ranks - 1)
 
     @property
+    def sleeps(self) -> tuple[float, float]:
+        """Seconds of a stage's forward and of its backward, which takes twice as long."""
+        passes = self.micro_batches * self.stages_per_rank
+        both = max(_SHORTEST, _SECONDS_PER_PASS * passes / max(self.ranks - 1, 1))
+        return both / 3, both * 2 / 3
+
+    @property
     def work(self) -> float:
         """Seconds that a rank computes in a step."""
-        return self.micro_batches * (self.forward + self.backward)
+        return self.micro_batches * self.stages_per_rank * sum(self.sleeps)
 
 
-def step_seconds(cell: Cell, steps: int, engine: str = "tcp") -> list[float]:
-    """How long each of some steps takes, from a barrier until the last rank is done; one more goes before them."""
+def calibrate(cell: Cell, engine: str = "tcp") -> float:
+    """Seconds that a pass takes longer than its sleep where nobody waits: as many of them on one rank."""
+    passes = cell.micro_batches * cell.stages_per_rank
+    [seconds] = _run(Cell("1f1b", 1, passes), cell.sleeps, 1, engine)
+    return (seconds - cell.work) / (2 * passes)
+
+
+def measure(cell: Cell, steps: int, engine: str = "tcp") -> list[float]:
+    """The bubble of each of some steps: the part of the time, until the last rank is done, in which a rank waits."""
+    late = calibrate(cell, engine)
+    forward, backward = cell.sleeps
+    return [1 - cell.work / seconds for seconds in _run(cell, (forward - late, backward - late), steps, engine)]
+
+
+def _run(cell: Cell, sleeps: tuple[float, float], steps: int, engine: str) -> list[float]:
+    """How long each step takes, from a barrier until the last rank is done; one more goes before them."""
     stages = cell.ranks * cell.stages_per_rank
-    late = sleep_overshoot()
-    forward, backward = (s / cell.stages_per_rank - late for s in (cell.forward, cell.backward))
 
     def train(comm: Communicator) -> list[float]:
-        torch.set_num_threads(1)
-        model = nn.Sequential(*(Sleeper(forward, backward) for _ in range(stages)))
-        # Layer 0 of a Sequential is an entry without modules, the last an exit without.
+        model = nn.Sequential(*(Sleeper(*sleeps) for _ in range(stages)))
+        # The first and the last layer of a Sequential are its entry and exit, which have no modules.
         split = [range(s + (s > 0), s + 2 + (s == stages - 1)) for s in range(stages)]
         strategy = Pipeline(model, optimizer_factory("sgd", 0.0), comm, split=split, schedule=cell.schedule)
-        batches = [Batch(torch.zeros(SAMPLES, CLASSES), torch.zeros(SAMPLES, dtype=torch.int64))] * cell.micro_batches
+        batch = Batch(torch.zeros(SAMPLES, CLASSES), torch.zeros(SAMPLES, dtype=torch.int64))
         seconds = []
         for _ in range(1 + steps):
             comm.barrier()
             start = time.perf_counter()
-            strategy.train_step(batches)
+            strategy.train_step([batch] * cell.micro_batches)
             seconds.append(time.perf_counter() - start)
-        strategy.finish()
         return seconds[1:]
 
-    of_ranks = run_group(open_group(engine, cell.ranks), train)
+    of_ranks = run_group(open_group(engine, cell.ranks), train, timeout=600)
     return [max(of_step) for of_step in zip(*of_ranks, strict=True)]
-
-
-def bubbles(cell: Cell, steps: int, engine: str = "tcp") -> list[float]:
-    """The measured bubble of each step: the part of its time in which a rank does not compute."""
-    return [1 - cell.work / seconds for seconds in step_seconds(cell, steps, engine)]

@@ -21,6 +21,7 @@ INT8_TESTS = ("tests/collectives/test_int8.py",)
 FSDP_TESTS = ("tests/algorithms/test_fsdp.py",)
 ROWS_TESTS = ("tests/algorithms/test_fsdp_rows.py",)
 SINGLE_TESTS = ("tests/algorithms/test_single.py",)
+EP_TESTS = ("tests/algorithms/test_expert_parallel.py",)
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,34 @@ MUTANTS = (
         "            part.index_add_(0, rows, theirs)",
         "            part.index_add_(0, rows, theirs * 0)",
         ROWS_TESTS,
+    ),
+    Mutant(
+        "ep: dispatch is detached from the graph",
+        "collectives/dispatch.py",
+        "_AllToAllRows.apply(rows, comm",
+        "_AllToAllRows.apply(rows.detach(), comm",
+        EP_TESTS,
+    ),
+    Mutant(
+        "ep: gradients of experts count twice in the norm",
+        "algorithms/expert_parallel.py",
+        "        squares |= _squares(self._experts, expert_grads)\n",
+        "        squares |= {name: 2 * square for name, square in _squares(self._experts, expert_grads).items()}\n",
+        EP_TESTS,
+    ),
+    Mutant(
+        "ep: a rank fills the experts as if its tokens were the first",
+        "models/moe.py",
+        "place_NE = before_RE[self.exchange.rank]",
+        "place_NE = before_RE[0]",
+        EP_TESTS,
+    ),
+    Mutant(
+        "ep: the balancing loss weighs the own targets only",
+        "algorithms/expert_parallel.py",
+        "targets=int(targets_RM[:, micro].sum()),",
+        "targets=int(targets_RM[comm.rank, micro]),",
+        EP_TESTS,
     ),
 )
 

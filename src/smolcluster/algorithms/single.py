@@ -171,9 +171,7 @@ class Single:
         if is_applied:
             self._optimizer.step()
         stop = self._is_stop_requested
-        return StepResult(
-            due.step, loss, due.count, due.samples, grad_norm, lr, is_applied, stop, metrics=due.metrics
-        )
+        return StepResult(due.step, loss, due.count, due.samples, grad_norm, lr, is_applied, stop, metrics=due.metrics)
 
     def eval_step(self, batch: Batch) -> EvalSums:
         """Loss sum, target count and correct predictions of one batch; changes nothing."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,9 @@ from smolcluster.collectives.base import Communicator
 from smolcluster.config.schema import Config, resolved_batch_size, resolved_staleness_bound
 from smolcluster.data.batch import NO_TARGET, Batch
 from smolcluster.errors import ConfigError
-from smolcluster.models.split import layer_costs, split_by_blocks, split_by_cost
+from smolcluster.kinds import JsonObject
 from smolcluster.models.stage import Stage, layers_of, tied_parameters
 from smolcluster.training.optim import optimizer_factory
-from smolcluster.training.schedule import lr_schedule
-
-# "interleaved": of both sides, and of the documentation's example.
-_STAGES_PER_RANK = 2
 
 AnySchedule = ScheduleGPipe | Schedule1F1B | ScheduleInterleaved1F1B
 
@@ -94,7 +91,7 @@ class PipeliningTraining:
         if self._grad_clip_norm is not None:
             clip_grads_with_norm_(self._params, self._grad_clip_norm, self._grad_norm())
         self._optimizer.step()
-        return float(torch.stack(losses).sum()) if losses else None
+        return float(torch.stack(losses).detach().sum()) if losses else None
 
     def _grad_norm(self) -> Tensor:
         """Of the whole model; a tied parameter, which two ranks have, counts on the first."""
@@ -148,35 +145,11 @@ def check_offered(config: Config, world_size: int) -> None:
         raise ConfigError("torch's pipeline applies no gradient late. Set cluster.staleness_bound to 0")
 
 
-def pipeline_split(config: Config, model: nn.Module, world_size: int) -> list[range]:
-    """The layers of each stage, of both sides: cluster.layer_distribution, or by cost."""
-    layers, given = layers_of(model), config.cluster.layer_distribution
-    per_rank = _STAGES_PER_RANK if config.training.schedule == "interleaved" else 1
-    if given is not None:
-        return split_by_blocks(list(given.values() if isinstance(given, dict) else given), layers, per_rank)
-    costs = layer_costs(model, layers)
-    times = [[cost.time for cost in costs]] * (world_size * per_rank)
-    return split_by_cost(times, [cost.parameters for cost in costs])
-
-
-def our_pipeline(
-    model: nn.Module, config: Config, device: torch.device, comm: Communicator, split: Sequence[range]
-) -> Pipeline:
-    """Our side. Every rank calls it; blocks."""
-    training, planned = config.training, config.lr_schedule
-    updates = training.max_steps or 0
-    return Pipeline(
-        model,
-        optimizer_factory(training.optimizer, training.learning_rate, training.weight_decay),
-        comm,
-        split=split,
-        schedule=training.schedule,
-        staleness_bound=resolved_staleness_bound(config) or 0,
-        grad_clip_norm=training.grad_clip_norm,
-        lr_schedule=lr_schedule(planned.kind, training.learning_rate, planned.warmup_iters, planned.min_lr, updates),
-        precision=training.precision,
-        device=device,
-    )
+def split_of(strategy: Pipeline, comm: Communicator) -> list[range]:
+    """The layers of each stage of our side. Every rank calls it; blocks."""
+    own: JsonObject = {str(n): [s.layers.start, s.layers.stop] for n, s in strategy._stages.own.items()}
+    found = {int(n): ends for each in comm.exchange(own) for n, ends in cast("dict[str, list[int]]", each).items()}
+    return [range(*found[number]) for number in range(len(found))]
 
 
 def _schedule(config: Config, stages: Sequence[PipelineStage]) -> AnySchedule:

@@ -20,7 +20,7 @@ from smolcluster.bench.ranks import run_ranks
 from smolcluster.config.schema import Config
 from smolcluster.errors import ClusterError, ConfigError
 from smolcluster.kinds import JsonObject, JsonValue
-from smolcluster.run.support import check_supported, rank_weights
+from smolcluster.run.support import STAGED, check_supported, rank_weights
 
 COMPETITORS = ("ddp", "fully_shard", "torch_pipelining", "single")
 # Those that are no match for another algorithm.
@@ -186,20 +186,15 @@ def check_competitor(against: str | None) -> None:
 
 def _check_match(config: Config, world_size: int, against: str | None) -> None:
     algorithm = config.algorithm
-    if algorithm == "mp_pipeline":
-        # What one rank of it needs is what a process by itself needs.
-        check_supported(config.model_copy(update={"algorithm": "single"}), 1)
-    else:
-        check_supported(config, world_size)
+    check_supported(config, world_size)
     if against in _ALGORITHM_OF and algorithm != _ALGORITHM_OF[against]:
-        others = "torch_pipelining or single" if algorithm == "mp_pipeline" else "ddp or single"
+        others = "single" if algorithm in STAGED else "ddp or single"
         raise ConfigError(
             f"--against {against} is for --algorithm {_ALGORITHM_OF[against]}, not {algorithm}. Use {others}"
         )
-    if against == "ddp" and algorithm == "mp_pipeline":
+    if against == "ddp" and algorithm in STAGED:
         raise ConfigError(
-            "--against ddp: ddp gives each rank a batch of its own, mp_pipeline all ranks one. Use torch_pipelining or "
-            "single"
+            f"--against ddp: ddp gives each rank a batch of its own, {algorithm} all ranks the same one. Use single"
         )
     if against == "torch_pipelining":
         from smolcluster.bench.pipelining import check_offered

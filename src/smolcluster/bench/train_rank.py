@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from smolcluster.algorithms.pipeline import Pipeline
 from smolcluster.bench.congestion import equalise
 from smolcluster.bench.ranks import largest, meet, read_job, say
 from smolcluster.collectives.base import Communicator
@@ -27,6 +28,7 @@ from smolcluster.errors import SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.run.build import Assembly, Parts, assemble, prepare
 from smolcluster.run.connect import alone, join_torch
+from smolcluster.run.support import STAGED
 from smolcluster.training.step import count_targets
 from smolcluster.training.strategy import Strategy
 
@@ -41,6 +43,14 @@ BLOCK_SECONDS = 1.0
 MIN_STEPS, MAX_STEPS = 3, 500
 
 
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """Micro-batches of some steps, and how many targets each step has here."""
+
+    steps: Sequence[Sequence[Batch]]
+    tokens: Sequence[int]
+
+
 @dataclass(slots=True)
 class Contestant:
     """Somebody who trains.
@@ -48,33 +58,16 @@ class Contestant:
     Attributes:
         step: does one update; gives the loss, if the step of it is done.
         takes_part: False: this rank waits meanwhile.
+        data: its micro-batches, step by step; None: as the others'.
         steps: updates done so far; it also says which batch comes next, so that all see the same data.
         loss: of the last update.
     """
 
     step: Callable[[Sequence[Batch]], float | None]
     takes_part: bool = True
+    data: _Data | None = None
     steps: int = 0
     loss: float = field(default=math.nan)
-
-
-@dataclass(frozen=True, slots=True)
-class _Entrant:
-    """Our side, ready to train, and what the others are made of.
-
-    Attributes:
-        strategy: ours.
-        parts: what a rank has before it needs the others.
-        initial: the whole model, with its first weights.
-        steps_of_data: this rank's micro-batches, step by step.
-        split: of a pipeline: the layers of each stage.
-    """
-
-    strategy: Strategy
-    parts: Parts
-    initial: torch.nn.Module
-    steps_of_data: Sequence[Sequence[Batch]]
-    split: Sequence[range] = ()
 
 
 def main() -> None:
@@ -108,22 +101,18 @@ def _meet(job: JsonObject, config: Config, rank: int, world_size: int) -> Commun
 
 
 def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
-    entrant = _pipeline(config, comm) if config.algorithm == "mp_pipeline" else _alike(config, comm)
-    strategy, parts, initial = entrant.strategy, entrant.parts, entrant.initial
-    contestants = {"ours": Contestant(_strategy_step(strategy))}
+    names = [f"rank{rank}" for rank in range(comm.world_size)]
+    parts = prepare(config, comm.rank, names, local_rank=comm.rank)
+    initial = copy.deepcopy(parts.model) if parts.values is None else _whole_model(parts, names)
+    ours = assemble(parts, comm)
+    contestants = {"ours": Contestant(_strategy_step(ours.strategy))}
     against = cast("str | None", job["against"])
     with_torch = against in ("ddp", "fully_shard", "torch_pipelining")
     if with_torch:
-        _add_torch(contestants, job, entrant, config, comm)
+        _add_torch(contestants, job, parts, initial, ours.strategy, comm)
     elif against == "single":
-        config_alone = config.model_copy(update={"algorithm": "single"})
-        single = replace(parts, model=copy.deepcopy(initial), values=None, config=config_alone)
-        step = _strategy_step(assemble(single, alone()).strategy)
-        step = _on_whole_batch(step) if job["whole_batch"] else step
-        contestants["against"] = Contestant(step, takes_part=comm.rank == 0)
-    # What all ranks of a pipeline see is one batch.
-    counts = not entrant.split or comm.rank == 0
-    blocks = _Blocks(entrant.steps_of_data, comm, parts.device, cast("int", job["warmup_steps"]), counts=counts)
+        contestants["against"] = _single(parts, initial, comm, whole_batch=bool(job["whole_batch"]))
+    blocks = _Blocks(_data(ours), comm, parts.device, cast("int", job["warmup_steps"]))
     for contestant in contestants.values():
         blocks.run(contestant, 1)  # connections are open and memory is there
     congestion = equalise() if job["congestion"] == "equal" else "each its own"
@@ -135,7 +124,7 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
         seconds_and_tokens = {name: blocks.run(contestants[name], steps) for name in order}
         pairs.append({name: [*seconds_and_tokens[name]] for name in contestants})
     losses = {name: _mean(comm.exchange(contestant.loss)) for name, contestant in contestants.items()}
-    strategy.finish()  # what is still on its way is sent as well
+    ours.strategy.finish()  # what is still on its way is sent as well
     sent_bytes = comm.telemetry.counter("link/sent_bytes")
     if with_torch:
         comm.barrier()
@@ -150,42 +139,46 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
     }
 
 
-def _alike(config: Config, comm: Communicator) -> _Entrant:
-    """Where all ranks are alike: each has its own part of the batch."""
-    names = [f"rank{rank}" for rank in range(comm.world_size)]
-    parts = prepare(config, comm.rank, names, local_rank=comm.rank)
-    initial = copy.deepcopy(parts.model) if parts.values is None else _whole_model(parts, names)
-    ours = assemble(parts, comm)
-    return _Entrant(ours.strategy, parts, initial, _steps_of_data(ours))
+def _single(parts: Parts, initial: torch.nn.Module, comm: Communicator, *, whole_batch: bool) -> Contestant:
+    """Rank 0 by itself, on what it computes with the others; where they divide the layers that is the whole batch."""
+    is_staged = parts.config.algorithm in STAGED
+    config = parts.config.model_copy(update={"algorithm": "single"})
+    weights = [1.0] if is_staged else parts.weights
+    by_itself = replace(parts, config=config, model=copy.deepcopy(initial), values=None, weights=weights, rank=0)
+    assembly = assemble(by_itself, alone())
+    step = _strategy_step(assembly.strategy)
+    return Contestant(
+        _on_whole_batch(step) if whole_batch else step,
+        takes_part=comm.rank == 0,
+        # Of a divided model's batch rank 0 has read the inputs only.
+        data=_data(assembly) if is_staged else None,
+    )
 
 
-def _pipeline(config: Config, comm: Communicator) -> _Entrant:
-    """A pipeline: every rank reads the whole batch, so that rank 0 can train by itself as well."""
-    from smolcluster.bench.pipelining import our_pipeline, pipeline_split
-
-    parts = prepare(config.model_copy(update={"algorithm": "single"}), 0, ["rank0"], local_rank=comm.rank)
-    initial = copy.deepcopy(parts.model)
-    split = pipeline_split(config, initial, comm.world_size)
-    steps_of_data = _steps_of_data(assemble(replace(parts, model=copy.deepcopy(initial)), alone()))
-    return _Entrant(our_pipeline(parts.model, config, parts.device, comm, split), parts, initial, steps_of_data, split)
-
-
-def _steps_of_data(assembly: Assembly) -> list[list[Batch]]:
+def _data(assembly: Assembly) -> _Data:
     with assembly.loader as loader:
-        return [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, assembly.steps))]
+        steps = [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, assembly.steps))]
+    return _Data(steps, [count_targets(batches) for batches in steps])
 
 
 def _whole_model(parts: Parts, names: Sequence[str]) -> torch.nn.Module:
-    """What stage 3 builds without values, with them."""
+    """What is built without values, where no rank is to hold all of it, with them."""
+    if parts.config.algorithm in STAGED:
+        return prepare(parts.config.model_copy(update={"algorithm": "single"}), 0, names[:1]).model
     cluster = parts.config.cluster.model_copy(update={"fsdp_stage": 0})
     return prepare(parts.config.model_copy(update={"cluster": cluster}), parts.rank, names).model
 
 
 def _add_torch(
-    contestants: dict[str, Contestant], job: JsonObject, entrant: _Entrant, config: Config, comm: Communicator
+    contestants: dict[str, Contestant],
+    job: JsonObject,
+    parts: Parts,
+    initial: torch.nn.Module,
+    strategy: Strategy,
+    comm: Communicator,
 ) -> None:
     """torch's side; and, where exposed communication is asked for, both sides once more without communication."""
-    against, parts, initial = str(job["against"]), entrant.parts, entrant.initial
+    config, against = parts.config, str(job["against"])
     torch.distributed.init_process_group(
         "nccl" if config.backend == "nccl" else "gloo",
         init_method=f"{job['meeting']}-{against}",
@@ -193,9 +186,11 @@ def _add_torch(
         world_size=comm.world_size,
     )
     if against == "torch_pipelining":
-        from smolcluster.bench.pipelining import PipeliningTraining
+        from smolcluster.bench.pipelining import PipeliningTraining, split_of
 
-        pipeline = PipeliningTraining(copy.deepcopy(initial), config, parts.device, split=entrant.split)
+        assert isinstance(strategy, Pipeline), "checked before any process was started"
+        split = split_of(strategy, comm)
+        pipeline = PipeliningTraining(copy.deepcopy(initial), config, parts.device, split=split)
         contestants["against"] = Contestant(pipeline.train_step)
         return
     make = _torch_training(against)
@@ -240,18 +235,8 @@ def _on_whole_batch(
 class _Blocks:
     """Lets a contestant train for a while, on all ranks at the same time."""
 
-    def __init__(
-        self,
-        steps_of_data: Sequence[Sequence[Batch]],
-        comm: Communicator,
-        device: torch.device,
-        warmup_steps: int,
-        *,
-        counts: bool = True,
-    ) -> None:
-        """`counts`: whether this rank's targets are not also another one's."""
-        self._data = steps_of_data
-        self._tokens = [count_targets(batches) if counts else 0 for batches in steps_of_data]
+    def __init__(self, data: _Data, comm: Communicator, device: torch.device, warmup_steps: int) -> None:
+        self._data = data
         self._comm = comm
         self._device = device
         self._warmup_steps = warmup_steps
@@ -268,13 +253,13 @@ class _Blocks:
     def _train(self, contestant: Contestant, steps: int) -> int:
         if not contestant.takes_part:
             return 0
-        tokens = 0
+        tokens, data = 0, contestant.data or self._data
         for _ in range(steps):
-            number = contestant.steps % len(self._data)
-            loss = contestant.step(self._data[number])
+            number = contestant.steps % len(data.steps)
+            loss = contestant.step(data.steps[number])
             contestant.loss = contestant.loss if loss is None else loss
             contestant.steps += 1
-            tokens += self._tokens[number]
+            tokens += data.tokens[number]
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return tokens

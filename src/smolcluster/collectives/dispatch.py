@@ -99,9 +99,7 @@ class ExpertExchange:
         return expert_of_row.argsort(stable=True)
 
 
-def all_to_all_rows(
-    rows: Tensor, comm: Communicator, output_rows: Sequence[int], input_rows: Sequence[int]
-) -> Tensor:
+def all_to_all_rows(rows: Tensor, comm: Communicator, output_rows: Sequence[int], input_rows: Sequence[int]) -> Tensor:
     """Send rows of dim 0: the first input_rows[0] to rank 0, and so on; blocks. Differentiable, on all ranks alike.
 
     Args:

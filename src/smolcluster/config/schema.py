@@ -41,8 +41,7 @@ _GPT_KEYS = frozenset(
 MODEL_KEYS = {
     "simple_nn": frozenset(("type", "input_dim", "hidden", "out", "init")),
     "gpt": _GPT_KEYS | {"hf_model_name"},
-    "moe": _GPT_KEYS
-    | {"num_experts", "top_k", "capacity_factor", "aux_loss_weight", "z_loss_weight", "router_noise"},
+    "moe": _GPT_KEYS | {"num_experts", "top_k", "capacity_factor", "aux_loss_weight", "z_loss_weight", "router_noise"},
     "hf": frozenset(("type", "hf_model_name", "init", "max_seq_len")),
 }
 

@@ -177,8 +177,8 @@ class MoELayer(nn.Module):
 
     Attributes:
         exchange: how tokens get to experts.
-        routing: of the last forward while `notes` was set.
-        notes: whether forward is to leave `routing`.
+        routing: of the last forward in training, if `notes` was set.
+        notes: whether forward is to keep it.
         place: (step, number of the first sample in the global batch), which noise depends on; None: unknown.
     """
 
@@ -207,8 +207,10 @@ class MoELayer(nn.Module):
         assigned_NE = torch.zeros_like(probabilities_NE, dtype=torch.int64).scatter_(1, chosen_NC, 1)
         counts_RE = self.exchange.all_counts(assigned_NE.sum(dim=0))
         order_M, kept_RE = self._admit(chosen_NC, assigned_NE, counts_RE)
-        if self.notes:
-            self.routing = self._note(logits_NE, probabilities_NE, counts_RE, kept_RE)
+        if self.training:
+            # Also where it is not kept: activation checkpointing wants the same computation in backward again.
+            routing = self._note(logits_NE, probabilities_NE, counts_RE, kept_RE)
+            self.routing = routing if self.notes else None
 
         rows_MD = _in_autocast_dtype(x_ND.index_select(0, order_M // self.config.top_k))
         arrived_AD = self.exchange.to_experts(rows_MD, kept_RE)
@@ -246,7 +248,7 @@ class MoELayer(nn.Module):
 
     def _note(self, logits_NE: Tensor, probabilities_NE: Tensor, counts_RE: Tensor, kept_RE: Tensor) -> Routing:
         total = int(counts_RE.sum())
-        fractions_E = (counts_RE.sum(dim=0) / max(total, 1)).to(probabilities_NE)
+        fractions_E = (counts_RE.sum(dim=0).double() / max(total, 1)).to(probabilities_NE)
         own_E = counts_RE[self.exchange.rank]
         return Routing(
             balance=self.config.num_experts * (fractions_E * probabilities_NE.sum(dim=0)).sum(),

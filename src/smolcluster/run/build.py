@@ -173,6 +173,7 @@ def assemble(
     save: Save | None = None,
     start: Start | None = None,
     skip_nonfinite: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Assembly:
     """Make strategy and trainer. All ranks call it; it may broadcast the weights.
 
@@ -182,6 +183,7 @@ def assemble(
         save: called on every rank when a checkpoint is due; None: there are none.
         start: where to go on; None: at the beginning.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
+        say: shows the user a line; None: nobody looks.
 
     Raises:
         CheckpointError: `start` is of another model.
@@ -191,7 +193,7 @@ def assemble(
     global_batch = parts.global_batch if start is None else start.global_batch
     steps = _steps(config, parts.data, global_batch)
     optimizers: list[torch.optim.Optimizer] = []
-    strategy = _strategy(parts, steps, comm, _remembering(_optimizer_factory(config), optimizers), skip_nonfinite)
+    strategy = _strategy(parts, steps, comm, _remembering(_optimizer_factory(config), optimizers), skip_nonfinite, say)
     if start is not None:
         strategy.load_state(start.state)
         load_rng_state(start.state, rank, world_size, parts.device, config.cluster.seed)
@@ -355,7 +357,12 @@ def _steps(config: Config, data: TrainingData, global_batch: int) -> int:
 
 
 def _strategy(
-    parts: Parts, steps: int, comm: Communicator, optimizers: OptimizerFactory, skip_nonfinite: bool
+    parts: Parts,
+    steps: int,
+    comm: Communicator,
+    optimizers: OptimizerFactory,
+    skip_nonfinite: bool,
+    say: Callable[[str], None] | None,
 ) -> Strategy:
     config = parts.config
     training, cluster = config.training, config.cluster
@@ -398,8 +405,10 @@ def _strategy(
             speeds=parts.weights,
             device=parts.device,
         )
-        if comm.rank == 0:
-            logger.info("layers %s", "; ".join(describe_split(split, parts.model, comm.world_size)))
+        layers = describe_split(split, parts.model, comm.world_size)
+        logger.info("layers %s", layers)
+        if say is not None:
+            say(layers)
         arguments: dict[str, Any] = {
             "split": split,
             "staleness_bound": resolved_staleness_bound(config) or 0,

@@ -43,8 +43,8 @@ def blocks_per_rank(config: Config, names: Sequence[str]) -> list[int] | None:
         return [given[name] for name in names]
     if len(given) != len(names):
         raise ConfigError(
-            f"cluster.layer_distribution has {len(given)} numbers for {len(names)} ranks. Give one for each, or leave it "
-            "out"
+            f"cluster.layer_distribution has {len(given)} numbers for {len(names)} ranks. Give one for each, or leave "
+            "it out"
         )
     return list(given)
 
@@ -101,8 +101,8 @@ def decide_split(
     return split
 
 
-def describe_split(split: Sequence[range], model: nn.Module, world_size: int) -> list[str]:
-    """For each rank which layers it has, in words."""
+def describe_split(split: Sequence[range], model: nn.Module, world_size: int) -> str:
+    """Which layers each rank has, in words."""
     layers = layers_of(model)
     parameters = [cost.parameters for cost in layer_costs(model, layers)]
     lines = []
@@ -114,8 +114,8 @@ def describe_split(split: Sequence[range], model: nn.Module, world_size: int) ->
         if len(layers) - 1 in own and layers.exit:
             parts.append("exit")
         held = sum(parameters[layer] for layer in own)
-        lines.append(f"rank {rank}: {', '.join(part for part in parts if part)} ({held:,} parameters)")
-    return lines
+        lines.append(f"rank {rank} {', '.join(part for part in parts if part)} ({held:,} parameters)")
+    return "layers: " + "; ".join(lines)
 
 
 def _runs(blocks: Sequence[int]) -> str:
@@ -137,10 +137,7 @@ def _needs_more(times: Sequence[Sequence[float]], parameters: Sequence[int]) -> 
 
 def _room(config: Config, device: torch.device) -> float:
     """How many parameters fit into the memory that this rank has left, with gradients and optimizer."""
-    if device.type == "cuda":
-        free = float(torch.cuda.mem_get_info(device)[0])
-    else:
-        free = float(free_memory_bytes())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
     element = 8 if config.training.precision == "fp64" else 4
     slots = 2 if config.training.optimizer == "adamw" else 0
     bound = resolved_staleness_bound(config) or 0

@@ -62,6 +62,7 @@ def run_rank(
     trace: Path | None = None,
     name: str | None = None,
     deliver: Callable[[Communicator], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> RankResult:
     """Train to the end and exchange the results. Blocks; every rank calls it.
 
@@ -76,6 +77,7 @@ def run_rank(
         name: of this rank's machine, for the trace.
         deliver: brings the rows so far to the disk, so that no checkpoint is ahead of them. Called before each one and
             when training has ended, on every rank at the same point: it may communicate.
+        say: rank 0: shows the user a line, such as which rank has which layers.
     """
     checkpoint = None if resume is None else open_checkpoint(resume)
     if checkpoint is not None and checkpoints is not None and checkpoint.path.parent.resolve() == checkpoints.resolve():
@@ -94,6 +96,7 @@ def run_rank(
         save=None if saver is None else saver.save,
         start=None if reader is None or meta is None else _start(reader, meta, comm),
         skip_nonfinite=skip_nonfinite,
+        say=say,
     )
     (optimizer,) = assembly.optimizers
     cluster = parts.config.cluster
