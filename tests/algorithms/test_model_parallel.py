@@ -76,9 +76,11 @@ def test_over_sockets(schedule: str | None, engine: str) -> None:
     check_equal(single(case), run_staged(case, 3, engine, **named(schedule)), "fp64")
 
 
-def test_a_network_without_blocks_equals_single() -> None:
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_simple_network_equals_single(world_size: int) -> None:
+    """Over three ranks the first one has nothing to train."""
     case = replace(CASE, build=build_simple_nn, is_text=False)
-    check_equal(single(case), run_staged(case, 2), "fp64")
+    check_equal(single(case), run_staged(case, world_size), "fp64")
 
 
 def build_checkpointed(seed: int) -> nn.Module:

@@ -52,7 +52,7 @@ def test_a_large_head_makes_the_last_stage_shorter() -> None:
     costs = layer_costs(model, layers)
     split = split_by_cost([[cost.time for cost in costs]] * 3, [cost.parameters for cost in costs])
     blocks = [sum(0 < layer <= 12 for layer in part) for part in split]
-    assert blocks == [6, 5, 1] or blocks == [6, 6, 0]
+    assert blocks == [6, 6, 0]
 
 
 def test_a_slow_rank_gets_fewer_layers() -> None:

@@ -45,23 +45,26 @@ class SimpleNN(nn.Module):
         Raises:
             ConfigError: a sample has not `input_dim` values.
         """
-        return self.forward_layers(inputs, range(2))
+        return self.forward_layers(inputs, range(3))
 
     def layers(self) -> Layers:
-        """See models/stage.py."""
-        return Layers(("hidden",), (), ("out",))
+        """See models/stage.py; the entry flattens and has no parameters."""
+        return Layers((), ("hidden",), ("out",))
 
     def forward_layers(self, x: Tensor, layers: range) -> Tensor:
-        """(B, ...) or (B, hidden) to (B, hidden) or logits (B, out); see models/stage.py."""
+        """(B, ...), (B, input_dim) or (B, hidden) to the next of these or logits (B, out); see models/stage.py."""
         for layer in layers:
-            x = self._hide(x) if layer == 0 else self.out(x)
+            if layer == 0:
+                x = self._flatten(x)
+            else:
+                x = torch.relu(self.hidden(x)) if layer == 1 else self.out(x)
         return x
 
-    def _hide(self, inputs: Tensor) -> Tensor:
+    def _flatten(self, inputs: Tensor) -> Tensor:
         x = inputs.flatten(1)
         if x.shape[1] != self.input_dim:
             raise ConfigError(
                 f"a sample of shape {tuple(inputs.shape[1:])} has {x.shape[1]} values, but model.input_dim is "
                 f"{self.input_dim}. Set model.input_dim={x.shape[1]}, or choose another data.dataset"
             )
-        return torch.relu(self.hidden(x))
+        return x

@@ -193,7 +193,7 @@ class StagedStrategy:
         self._poll()
         self._stages.install(passes.params)
         x = self._inputs(batch) if own.is_first else self._arrived(passes, _UP, stage, micro).requires_grad_()
-        with self._comm.telemetry.span("forward"):
+        with self._comm.telemetry.span("forward", {"step": passes.step, "stage": stage, "micro_batch": micro}):
             out = self._run(stage, x)
             if own.is_last:
                 out = summed_loss(out, batch.targets.to(self._device))
@@ -214,7 +214,7 @@ class StagedStrategy:
             grad = torch.full_like(out, passes.loss_scale / passes.planned)
         else:
             grad = self._arrived(passes, _DOWN, stage, micro)
-        with self._comm.telemetry.span("backward"):
+        with self._comm.telemetry.span("backward", {"step": passes.step, "stage": stage, "micro_batch": micro}):
             if out.requires_grad:
                 out.backward(grad)  # type: ignore[no-untyped-call]
         del out
