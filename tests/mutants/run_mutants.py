@@ -20,6 +20,7 @@ CLASSICDP_TESTS = ("tests/algorithms/test_classicdp.py",)
 INT8_TESTS = ("tests/collectives/test_int8.py",)
 FSDP_TESTS = ("tests/algorithms/test_fsdp.py",)
 ROWS_TESTS = ("tests/algorithms/test_fsdp_rows.py",)
+STAGED_TESTS = ("tests/algorithms/test_model_parallel.py",)
 SINGLE_TESTS = ("tests/algorithms/test_single.py",)
 EP_TESTS = ("tests/algorithms/test_expert_parallel.py",)
 
@@ -216,6 +217,34 @@ MUTANTS = (
         "targets=int(targets_RM[:, micro].sum()),",
         "targets=int(targets_RM[comm.rank, micro]),",
         EP_TESTS,
+    ),
+    Mutant(
+        "mp: a stage without optimizer step",
+        "training/staged.py",
+        "            self._optimizer.step()\n",
+        "            if self._comm.rank != 1:\n                self._optimizer.step()\n",
+        STAGED_TESTS,
+    ),
+    Mutant(
+        "pipeline: a ragged micro-batch weighs as much as a full one",
+        "training/staged.py",
+        "torch.full_like(out, passes.loss_scale / passes.planned)",
+        "torch.full_like(out, passes.loss_scale / max(count_targets([passes.batches[micro]]), 1) / len(passes.batches))",
+        STAGED_TESTS,
+    ),
+    Mutant(
+        "mp: a tied head is trained without what the embedding has found",
+        "collectives/chain.py",
+        "            self._tensor += self._arrived  # now that nothing of it is being sent\n",
+        "",
+        STAGED_TESTS,
+    ),
+    Mutant(
+        "mp: backward sees newer weights than forward",
+        "training/staged.py",
+        "        if self._staleness_bound:\n            params",
+        "        if False:\n            params",
+        STAGED_TESTS,
     ),
 )
 
