@@ -1,6 +1,6 @@
-"""The pictures of docs/mp.md and docs/pipeline.md: one step of ranks that hold the layers of a model between them.
+"""The pictures of docs/mp.md, docs/pipeline.md and docs/ep.md: one step of ranks that hold a model between them.
 
-    python docs/figures/stages.py            draws mp.svg and pipeline.svg from stages.json
+    python docs/figures/stages.py            draws mp.svg, pipeline.svg and ep.svg from stages.json
     python docs/figures/stages.py measure    measures stages.json first, with --trace: half a minute
 
 The measurement trains a small GPT over two ranks on this machine, with each algorithm, and keeps the step of the trace
@@ -24,9 +24,12 @@ ROOT = HERE.parents[1]
 MEASURED, IMAGES = HERE / "stages.json", HERE.parent / "images"
 
 RANKS, STEPS, WARM_UP = 2, 30, 8
-SETTINGS = {
-    "mp": {"training.micro_batches": 1},
-    "pipeline": {"training.micro_batches": 6, "training.schedule": "1f1b"},
+# Of each run the preset, and what makes passes long enough to be seen.
+WIDER = {"model.model_dim": 192, "model.ff_dim": 768, "training.batch_size": 24}
+RUNS: dict[str, tuple[str, dict[str, object]]] = {
+    "mp": ("mp_gpt", WIDER),
+    "pipeline": ("pipeline_gpt", {**WIDER, "training.micro_batches": 6, "training.schedule": "1f1b"}),
+    "ep": ("ep_moe", {"model.model_dim": 128, "model.ff_dim": 384, "training.batch_size": 12}),
 }
 COLORS = {"forward": FORWARD, "backward": BACKWARD, "comm_wait": WAITING}
 NAMES = {"forward": "forward", "backward": "backward", "comm_wait": "waiting"}
@@ -35,20 +38,14 @@ NAMES = {"forward": "forward", "backward": "backward", "comm_wait": "waiting"}
 def measure() -> None:
     """Run both and keep a step of each trace."""
     runs = {}
-    for name, settings in SETTINGS.items():
+    for name, (preset, settings) in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
             command = [
-                sys.executable, "-m", "smolcluster", "train", "--preset", f"{name}_gpt", "--local", str(RANKS),
+                sys.executable, "-m", "smolcluster", "train", "--preset", preset, "--local", str(RANKS),
                 "--max-steps", str(STEPS), "--trace", "--quiet", "--out", str(out),
             ]  # fmt: skip
-            wider = {
-                "model.model_dim": 192,
-                "model.ff_dim": 768,
-                "training.batch_size": 24,
-                "training.eval_steps": 100000,
-            }
-            for key, value in {**wider, **settings}.items():
+            for key, value in {"training.eval_steps": 100000, **settings}.items():
                 command += ["--override", f"{key}={value}"]
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
             runs[name] = _step(json.loads((out / "trace.json").read_text(encoding="utf-8"))["traceEvents"])

@@ -82,15 +82,21 @@ def calibrate(cell: Cell, engine: str = "tcp") -> float:
     return (seconds - cell.work) / (2 * passes)
 
 
-def measure(cell: Cell, steps: int, engine: str = "tcp") -> list[float]:
-    """The bubble of each of some steps: the part of the time, until the last rank is done, in which a rank waits."""
-    late = calibrate(cell, engine)
+def measure(cell: Cell, late: float, steps: int, engine: str = "tcp") -> list[float]:
+    """The bubble of each of some steps: the part of the time, until the last rank is done, in which a rank waits.
+
+    Args:
+        cell: what to measure.
+        late: from `calibrate`; sleeps are shorter by it.
+        steps: how many.
+        engine: of collectives.contract.
+    """
     forward, backward = cell.sleeps
     return [1 - cell.work / seconds for seconds in _run(cell, (forward - late, backward - late), steps, engine)]
 
 
 def _run(cell: Cell, sleeps: tuple[float, float], steps: int, engine: str) -> list[float]:
-    """How long each step takes, from a barrier until the last rank is done; one more goes before them."""
+    """How long each step takes, from a barrier until the last rank is done; a small one goes before them."""
     stages = cell.ranks * cell.stages_per_rank
 
     def train(comm: Communicator) -> list[float]:
@@ -100,12 +106,13 @@ def _run(cell: Cell, sleeps: tuple[float, float], steps: int, engine: str) -> li
         strategy = Pipeline(model, optimizer_factory("sgd", 0.0), comm, split=split, schedule=cell.schedule)
         batch = Batch(torch.zeros(SAMPLES, CLASSES), torch.zeros(SAMPLES, dtype=torch.int64))
         seconds = []
-        for _ in range(1 + steps):
+        strategy.train_step([batch])
+        for _ in range(steps):
             comm.barrier()
             start = time.perf_counter()
             strategy.train_step([batch] * cell.micro_batches)
             seconds.append(time.perf_counter() - start)
-        return seconds[1:]
+        return seconds
 
     of_ranks = run_group(open_group(engine, cell.ranks), train, timeout=600)
     return [max(of_step) for of_step in zip(*of_ranks, strict=True)]

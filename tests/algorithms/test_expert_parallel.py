@@ -18,7 +18,7 @@ from smolcluster.algorithms.expert_parallel import ExpertParallel
 from smolcluster.algorithms.single import Single
 from smolcluster.checkpoint.ranks import SharedReader, save_from_all_ranks
 from smolcluster.checkpoint.store import open_checkpoint
-from smolcluster.collectives.base import Communicator, Work
+from smolcluster.collectives.base import Communicator
 from smolcluster.collectives.local import LocalGroup
 from smolcluster.config.schema import ModelConfig
 from smolcluster.data.batch import NO_TARGET, Batch
@@ -41,7 +41,7 @@ def build_moe(seed: int, experts: int = 4, **options: Any) -> nn.Module:
     model = MoE(MoEConfig(VOCAB, DIM, LAYERS, 2, 12, 0.0, TIME, num_experts=experts, **sizes), seed)
     with torch.no_grad():
         for layer in moe_layers(model).values():
-            layer.router.weight.mul_(20)
+            layer.router.weight.mul_(2)
     return model
 
 
@@ -139,6 +139,27 @@ def test_fewer_experts_than_ranks_equal_single() -> None:
     check_like_single(moe_case(experts=2, capacity_factor=1.2), 4)
 
 
+def test_experts_train_where_nothing_before_them_does() -> None:
+    def build(seed: int) -> nn.Module:
+        model = build_moe(seed, experts=2)
+        for name, param in model.named_parameters():
+            is_before = name.startswith(("token_", "position_", "blocks.0.attention", "blocks.0.moe_norm"))
+            param.requires_grad_(not is_before)
+        return model
+
+    case = replace(Case(steps=10), build=build)
+    check_like_single(case, 4)
+
+
+@pytest.mark.parametrize("compression", ["fp16", "int8"])
+def test_compressed_gradients_follow_single(compression: Any) -> None:
+    case = moe_case(replace(Case(steps=20), precision="fp32"))
+    reference, outcomes = run_single(case), run_ep(case.with_options(compression=compression), 2)
+    assert outcomes[0].results == outcomes[1].results
+    for mine, theirs in zip(outcomes[0].results, reference.results, strict=True):
+        assert abs(mine.loss - theirs.loss) < 0.01
+
+
 def test_noise_is_that_of_the_sample_and_not_of_the_rank() -> None:
     # From seed 0 on every rank: noise comes from it.
     case = moe_case(Case(micro_batches=2, steps=20), router_noise=0.3)
@@ -230,42 +251,47 @@ def test_in_float32_few_tokens_take_another_route(record_property: Callable[[str
     assert differing <= tokens // 1000
 
 
+class Counting:
+    """An ExpertExchange that adds up the rows which leave this rank, in forward and in backward."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+        self.rank, self.experts, self.from_experts = exchange.rank, exchange.experts, exchange.from_experts
+        self.all_counts = exchange.all_counts
+        self.rows = 0
+
+    def to_experts(self, rows_MD: Tensor, kept_RE: Tensor) -> Tensor:
+        here = kept_RE[:, self.experts.start : self.experts.stop].sum(dim=1)
+        to_others = kept_RE[self.rank].sum() - here[self.rank]
+        back_to_others = here.sum() - here[self.rank]
+        self.rows += 2 * int(to_others + back_to_others)  # gradients of what came go as many ways
+        out: Tensor = self._exchange.to_experts(rows_MD, kept_RE)
+        return out
+
+
 def test_only_routed_rows_travel() -> None:
-    width, time, samples, world_size, steps = 128, 32, 12, 3, 3
-    config = MoEConfig(VOCAB, width, 2, 2, 64, 0.0, time, num_experts=6, capacity_factor=None)
-    tokens = torch.randint(0, VOCAB, (samples, time + 1), generator=torch.Generator().manual_seed(1))
+    width, world_size, steps = 128, 3, 3
+    config = MoEConfig(VOCAB, width, 2, 2, 64, 0.0, 32, num_experts=6, capacity_factor=1.0)
+    tokens = torch.randint(0, VOCAB, (12, 32), generator=torch.Generator().manual_seed(1))
 
     def sent(comm: Communicator) -> tuple[float, float]:
-        """Bytes that went over the sockets during forward and backward; those of this rank's rows for others."""
+        """Bytes that went over the sockets in forward and backward, and those of the rows that had to go."""
         strategy = ExpertParallel(MoE(config, 0), optimizer_factory("sgd", 0.0), comm)
-        own = tokens[comm.rank * 4 : comm.rank * 4 + 4]
-        rows = 0
-        exchanges = [layer.exchange for layer in moe_layers(strategy.model).values()]
-        for exchange in exchanges:
-            inner = exchange.to_experts
-
-            def counted(rows_MD: Tensor, kept_RE: Tensor, inner: Any = inner, exchange: Any = exchange) -> Tensor:  # noqa: N803
-                nonlocal rows
-                here = kept_RE[:, exchange.experts.start : exchange.experts.stop].sum(dim=1)
-                own = kept_RE[comm.rank].sum() - here[comm.rank]  # there, and their gradients back there again
-                others = here.sum() - here[comm.rank]  # back to where they came from, and gradients
-                rows += 2 * int(own + others)
-                return inner(rows_MD, kept_RE)
-
-            exchange.to_experts = counted  # type: ignore[method-assign]
-        lane = strategy._lane
-        lane_before = comm.telemetry.counter("link/sent_bytes")
-        strategy.model.train()
-        for _ in range(steps):
-            logits = strategy.model(own[:, :-1])
-            logits.square().mean().backward()
+        counting = []
+        for layer in moe_layers(strategy.model).values():
+            layer.exchange = Counting(layer.exchange)
+            counting.append(layer.exchange)
         comm.barrier()
-        assert lane is not None
-        return comm.telemetry.counter("link/sent_bytes") - lane_before, rows * width * 4.0
+        before = comm.telemetry.counter("link/sent_bytes")
+        for _ in range(steps):
+            # Without the buckets: their bytes are no tokens'.
+            strategy.model(tokens[comm.rank * 4 : comm.rank * 4 + 4]).square().mean().backward()
+        comm.barrier()
+        return comm.telemetry.counter("link/sent_bytes") - before, sum(c.rows for c in counting) * width * 4.0
 
-    for bytes_sent, bytes_of_rows in run_group(open_group("tcp", world_size), sent):
-        assert bytes_of_rows > 0
-        assert bytes_of_rows <= bytes_sent <= 1.02 * bytes_of_rows, bytes_sent / bytes_of_rows
+    for sent_bytes, row_bytes in run_group(open_group("tcp", world_size), sent):
+        assert row_bytes > 0
+        assert row_bytes <= sent_bytes <= 1.02 * row_bytes, f"{sent_bytes / row_bytes - 1:.2%} more than the rows"
 
 
 # --- checkpoints

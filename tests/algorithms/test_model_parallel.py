@@ -49,6 +49,12 @@ def test_a_pipeline_equals_single(world_size: int, micro_batches: int, schedule:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pipeline_of_one_rank_equals_single(schedule: str) -> None:
+    case = replace(CASE, micro_batches=3)
+    check_equal(single(case), run_staged(case, 1, schedule=schedule), "fp64")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("bound", [1, 2])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_pipeline_that_is_never_drained_equals_single(world_size: int, bound: int, schedule: str) -> None:
@@ -56,10 +62,11 @@ def test_a_pipeline_that_is_never_drained_equals_single(world_size: int, bound: 
     check_equal(single(case), run_staged(case, world_size, schedule=schedule), "fp64")
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3, 4, 8])
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_a_llama_equals_single(world_size: int, schedule: str | None) -> None:
-    case = replace(CASE, build=build_llama, micro_batches=3)
+def test_a_llama_equals_single(world_size: int, schedule: str | None, micro_batches: int) -> None:
+    case = replace(CASE, build=build_llama, micro_batches=micro_batches)
     check_equal(single(case), run_staged(case, world_size, **named(schedule)), "fp64")
 
 

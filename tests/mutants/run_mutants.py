@@ -229,7 +229,7 @@ MUTANTS = (
         "pipeline: a ragged micro-batch weighs as much as a full one",
         "training/staged.py",
         "torch.full_like(out, passes.loss_scale / passes.planned)",
-        "torch.full_like(out, passes.loss_scale / max(count_targets([passes.batches[micro]]), 1) / len(passes.batches))",
+        "torch.full_like(out, passes.loss_scale / max(count_targets([passes.batches[micro]]), 1) / 2)",
         STAGED_TESTS,
     ),
     Mutant(

@@ -46,7 +46,6 @@ from smolcluster.training.schedule import LrSchedule
 from smolcluster.training.step import (
     SCALER,
     EvalSums,
-    HasAuxiliaryLoss,
     LossScaler,
     MicroBatches,
     MicroBatchPlace,
@@ -57,6 +56,7 @@ from smolcluster.training.step import (
     count_targets,
     evaluate_batch,
     forward_backward,
+    has_auxiliary_loss,
     is_applicable,
     scale_gradients,
     squares_of,
@@ -199,7 +199,7 @@ class ExpertParallel:
         # 3 communicate: most buckets left during backward, here goes the rest
         gradients = self._buckets.flush()
         expert_grads = [param.grad for param in self._experts.values()]
-        sums = self.model.take_sums() if isinstance(self.model, HasAuxiliaryLoss) else None
+        sums = self.model.take_sums() if has_auxiliary_loss(self.model) else None
         self._under_way.append(self._agree(gradients, expert_grads, planned, loss_scale, sums))
         self._step += 1
         if len(self._under_way) <= self._staleness_bound:
@@ -257,7 +257,7 @@ class ExpertParallel:
             self._optimizer.step()
             self._norms.append({name: math.sqrt(square) * correction for name, square in squares.items() if square > 0})
         metrics = None
-        if due.is_measured and isinstance(self.model, HasAuxiliaryLoss):
+        if due.is_measured and has_auxiliary_loss(self.model):
             metrics = self.model.metrics(due.total[len(self._expert_names) :])
         stop = sums.stop_votes > 0
         return StepResult(step, loss, sums.count, sums.samples, grad_norm, lr, is_applied, stop, metrics=metrics)

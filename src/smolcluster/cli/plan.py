@@ -26,12 +26,11 @@ from smolcluster.training.pipeline_schedule import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Characters of a line of the table: what a terminal beside an editor still shows.
 _LINE_WIDTH = 100
-# Above it nobody reads the table, and the picture takes minutes.
-_MAX_PASSES = 10_000
+# Ranks times ticks. Above it nobody reads the table, and the picture takes minutes.
+_MAX_CELLS = 20_000
 _SUFFIXES = (".png", ".svg", ".pdf")
 _MISSING_MATPLOTLIB = 'no picture: it needs matplotlib. Install it: pip install "smolcluster[plot]"'
 
@@ -116,11 +115,8 @@ def table_lines(schedule: Schedule, times: Timeline) -> list[str]:
 def summary_lines(schedule: Schedule, times: Timeline) -> list[str]:
     """Bubble and memory, in words."""
     ideal, fill = ideal_bubble(schedule), schedule.ranks - 1
-    work = (
-        f"{schedule.stages_per_rank}*{schedule.micro_batches}"
-        if schedule.stages_per_rank > 1
-        else (f"{schedule.micro_batches}")
-    )
+    work = "" if schedule.stages_per_rank == 1 else f"{schedule.stages_per_rank}*"
+    work += str(schedule.micro_batches)
     lines = [
         f"bubble: {times.bubble:.1%} of the ranks' time is waiting; the least there can be is "
         f"{fill}/({work}+{fill}) = {ideal:.1%}"
@@ -157,7 +153,9 @@ def save_picture(schedule: Schedule, times: Timeline, path: Path) -> str | None:
     size = min(26.0, max(7.0, 2.2 + 0.36 * times.duration)), 1.6 + 0.52 * schedule.ranks
     figure = Figure(figsize=size, dpi=144, layout="constrained")  # no pyplot: it keeps global state
     FigureCanvasAgg(figure)
-    draw(figure, schedule, times)
+    axes = figure.add_subplot()
+    draw(axes, schedule, times, (size[0] - 1.8) / times.duration)
+    draw_legend(axes)
     try:
         figure.savefig(path)
     except OSError as exc:
@@ -165,18 +163,22 @@ def save_picture(schedule: Schedule, times: Timeline, path: Path) -> str | None:
     return None
 
 
-def draw(figure: Figure, schedule: Schedule, times: Timeline) -> None:
-    """Draw a timeline: a row per rank, a bar per pass, coloured by micro-batch; backwards are dark and hatched."""
+def draw(axes: Axes, schedule: Schedule, times: Timeline, tick_inches: float) -> None:
+    """Draw a timeline: a row per rank, a bar per pass, coloured by micro-batch; backwards are dark and hatched.
+
+    Args:
+        axes: empty.
+        schedule: for the title.
+        times: what to draw.
+        tick_inches: how wide a tick will be; numbers that do not fit are left out.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    axes: Axes = figure.add_subplot()
-    inches = (figure.get_figwidth() - 1.8) / max(times.duration, 1.0)  # of a tick
     for rank, ran in enumerate(times.spans):
         for span in ran:
-            _draw_span(axes, span, rank, schedule, inches)
-        axes.text(
-            times.duration + 0.12 / inches, rank, f"holds {times.held[rank]}", va="center", fontsize=9, color=_QUIET
-        )
+            _draw_span(axes, span, rank, schedule, tick_inches)
+        place = times.duration + 0.12 / tick_inches
+        axes.text(place, rank, f"holds {times.held[rank]}", va="center", fontsize=9, color=_QUIET)
     axes.set_yticks(range(schedule.ranks), [f"rank {rank}" for rank in range(schedule.ranks)])
     axes.set_ylim(schedule.ranks - 0.45, -0.55)
     axes.set_xlim(0, times.duration)
@@ -187,11 +189,25 @@ def draw(figure: Figure, schedule: Schedule, times: Timeline) -> None:
     axes.set_facecolor(_EMPTY)  # what is not covered is the bubble
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.suptitle(
+    axes.set_title(
         f"{_title(schedule)}. Bubble {times.bubble:.1%}",
-        x=0.01, ha="left", fontsize=12, fontweight="bold", color=_INK,
+        loc="left", fontsize=12, fontweight="bold", color=_INK, pad=26,
     )  # fmt: skip
-    _draw_legend(axes)
+
+
+def draw_legend(axes: Axes) -> None:
+    """Say above the axes what the bars are."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=_color(0, 3, _LIGHT), edgecolor="#ffffff", label="forward (light)"),
+        Patch(facecolor=_color(0, 3, _DARK), edgecolor="#ffffff", hatch="////", label="backward (dark, hatched)"),
+        Patch(facecolor=_EMPTY, edgecolor="#c9cdd2", label="waiting"),
+    ]
+    axes.legend(
+        handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9,
+        labelcolor=_INK, borderaxespad=0.2, handlelength=1.6,
+    )  # fmt: skip
 
 
 def _draw_span(axes: Axes, span: Span, rank: int, schedule: Schedule, inches: float) -> None:
@@ -209,20 +225,6 @@ def _draw_span(axes: Axes, span: Span, rank: int, schedule: Schedule, inches: fl
     text = str(micro) if schedule.stages_per_rank == 1 else f"{micro}\ns{stage}"
     ink = _INK if is_forward else "#ffffff"
     axes.text(span.start + width / 2, rank, text, ha="center", va="center", fontsize=points, color=ink)
-
-
-def _draw_legend(axes: Axes) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=_color(0, 3, _LIGHT), edgecolor="#ffffff", label="forward (light)"),
-        Patch(facecolor=_color(0, 3, _DARK), edgecolor="#ffffff", hatch="////", label="backward (dark, hatched)"),
-        Patch(facecolor=_EMPTY, edgecolor="#c9cdd2", label="waiting"),
-    ]
-    axes.legend(
-        handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=9,
-        labelcolor=_INK, borderaxespad=0.2, handlelength=1.6,
-    )  # fmt: skip
 
 
 def _color(micro: int, micro_batches: int, luma: float) -> tuple[float, float, float]:
@@ -267,11 +269,12 @@ def _make(name: str, ranks: int, micro_batches: int, stages_per_rank: int, backw
     ):  # fmt: skip
         if value < 1:
             raise ConfigError(f"{option} {value}: give a whole number of 1 or more")
-    passes = 2 * ranks * micro_batches * (stages_per_rank if name == "interleaved" else 1)
-    if passes > _MAX_PASSES:
+    stages = stages_per_rank if name == "interleaved" else 1
+    cells = ranks * (stages * micro_batches + ranks - 1) * (1 + backward)
+    if cells > _MAX_CELLS:
         raise ConfigError(
-            f"{passes} passes are more than a table can show ({_MAX_PASSES}). Give fewer --micro-batches or --stages: "
-            "the pattern repeats"
+            f"a table of {cells} cells is more than anybody reads ({_MAX_CELLS}). Give fewer --micro-batches or "
+            "--stages: the pattern repeats"
         )
     schedule = make_schedule(cast("PipelineSchedule", name), ranks, micro_batches, stages_per_rank=stages_per_rank)
     check_schedule(schedule)

@@ -126,7 +126,7 @@ class _AllToAllRows(torch.autograd.Function):
         return _send_rows(rows, comm, output_rows, input_rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]  # torch has Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _send_rows(grad, ctx.comm, ctx.input_rows, ctx.output_rows), None, None, None
 
 

@@ -92,7 +92,8 @@ def _build(
     if ":" in config.type:
         return build_user_model(config, seed=seed, vocab_size=vocab_size, num_classes=num_classes)
     raise ConfigError(
-        f"model.type {config.type} is unknown. Set it to simple_nn, gpt, moe, hf, or package.module:ClassName of your own"
+        f"model.type {config.type} is unknown. Set it to simple_nn, gpt, moe, hf, or "
+        "package.module:ClassName of your own"
     )
 
 
@@ -134,12 +135,12 @@ def _gpt_sizes(config: ModelConfig, vocab_size: int | None) -> dict[str, Any]:
             f"model.vocab_size is {chosen}, but the tokenizer has {vocab_size} ids. Set model.vocab_size={vocab_size}, "
             "or leave it out"
         )
-    return dict(
-        vocab_size=chosen,
-        model_dim=config.model_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        ff_dim=config.ff_dim,
-        dropout=config.dropout,
-        max_seq_len=config.max_seq_len,
-    )
+    return {
+        "vocab_size": chosen,
+        "model_dim": config.model_dim,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "ff_dim": config.ff_dim,
+        "dropout": config.dropout,
+        "max_seq_len": config.max_seq_len,
+    }

@@ -54,11 +54,11 @@ class SimpleNN(nn.Module):
     def forward_layers(self, x: Tensor, layers: range) -> Tensor:
         """(B, ...), (B, input_dim) or (B, hidden) to the next of these or logits (B, out); see models/stage.py."""
         for layer in layers:
-            if layer == 0:
-                x = self._flatten(x)
-            else:
-                x = torch.relu(self.hidden(x)) if layer == 1 else self.out(x)
+            x = (self._flatten, self._hide, self.out)[layer](x)
         return x
+
+    def _hide(self, x: Tensor) -> Tensor:
+        return torch.relu(self.hidden(x))
 
     def _flatten(self, inputs: Tensor) -> Tensor:
         x = inputs.flatten(1)

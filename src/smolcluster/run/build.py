@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.edp import EdpServer, EdpWorker
+from smolcluster.algorithms.expert_parallel import ExpertParallel
 from smolcluster.algorithms.fsdp import FSDP
 from smolcluster.algorithms.model_parallel import ModelParallel
 from smolcluster.algorithms.pipeline import Pipeline
@@ -145,7 +146,7 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     seed = config.cluster.seed
     sizes = {"vocab_size": data.vocab_size, "num_classes": data.num_classes}
     # Where no rank is to hold the whole model, it begins without values; a user's own class has to be built whole.
-    is_divided = config.algorithm in STAGED or (config.algorithm == "fsdp" and config.cluster.fsdp_stage == 3)
+    is_divided = config.algorithm in (*STAGED, "ep") or (config.algorithm == "fsdp" and config.cluster.fsdp_stage == 3)
     source = model_source(config.model, seed=seed, **sizes) if is_divided else None
     try:
         model = build_model(config.model, seed=seed, **sizes) if source is None else source.build()
@@ -209,6 +210,8 @@ def assemble(
         micro_batches=config.training.micro_batches,
         start=None if start is None else start.position,
         max_steps=steps,
+        # Experts compute the tokens of all ranks at once, so the ranks have to be at the same micro-batch.
+        micro_first=config.algorithm == "ep",
         reads=reads,
     )
     loader.telemetry = comm.telemetry
@@ -385,6 +388,21 @@ def _strategy(
             optimizers,
             comm,
             stage=cluster.fsdp_stage,
+            staleness_bound=resolved_staleness_bound(config) or 0,
+            compression=cluster.compression,
+            grad_clip_norm=training.grad_clip_norm,
+            lr_schedule=schedule,
+            precision=training.precision,
+            device=parts.device,
+            bucket_bytes=cluster.bucket_bytes,
+            skip_nonfinite=skip_nonfinite,
+            values=parts.values,
+        )
+    if config.algorithm == "ep":
+        return ExpertParallel(
+            parts.model,
+            optimizers,
+            comm,
             staleness_bound=resolved_staleness_bound(config) or 0,
             compression=cluster.compression,
             grad_clip_norm=training.grad_clip_norm,

@@ -37,8 +37,8 @@ def blocks_per_rank(config: Config, names: Sequence[str]) -> list[int] | None:
     if isinstance(given, dict):
         if set(given) != set(names):
             raise ConfigError(
-                f"cluster.layer_distribution has {', '.join(given)}, but the ranks are {', '.join(names)}. Name each of "
-                "them once, or give a list in rank order"
+                f"cluster.layer_distribution has {', '.join(given)}, but the ranks are {', '.join(names)}. Name each "
+                "of them once, or give a list in rank order"
             )
         return [given[name] for name in names]
     if len(given) != len(names):

@@ -181,7 +181,7 @@ class OwnExperts:
         """Only what this rank has is ever built."""
         for unit in split_into_units(self.model):
             wanted = tuple(name for name in unit.parameters if self._is_here(name))
-            found = values(Unit(unit.name, unit.module, wanted))
+            found = values(Unit(unit.name, unit.module, wanted)) if wanted else {}
             for name in wanted:
                 value = found[name].detach()
                 if name not in self.owners:  # another machine may have another file

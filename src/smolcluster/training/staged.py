@@ -134,6 +134,8 @@ class StagedStrategy:
             values: the parameters of a unit by name, where the model's lie on the meta device: the whole of it is then
                 on no rank. The same on every rank.
         """
+        if comm.world_size == 1 and split:  # stages of one rank have nobody to speak to
+            split = [range(split[0].start, split[-1].stop)]
         self._stages = OwnStages(model, split, comm, precision=precision, device=device, values=values)
         self._comm = comm
         self._trained = self._stages.trained()
