@@ -1,4 +1,4 @@
-"""Real runs of mp and mp_pipeline through the command line: what they say, a rank that dies, another split."""
+"""Real runs of mp, mp_pipeline and ep through the command line: what they say, a rank that dies, another split."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("preset", ["mp_gpt", "pipeline_gpt"])
+@pytest.mark.parametrize("preset", ["mp_gpt", "pipeline_gpt", "ep_moe"])
 def test_a_killed_rank_ends_the_run_in_time_and_it_goes_on_from_its_checkpoint(preset: str, tmp_path: Path) -> None:
     run = ("--preset", preset, "--local", "3", *RUN)
     whole, _ = finish(tmp_path / "whole", *run)
@@ -90,6 +90,24 @@ def test_layers_go_where_they_are_told_and_single_has_the_same_losses(tmp_path: 
         found = losses(tmp_path / name)
         assert found.keys() == reference.keys()
         assert max(abs(found[step] - loss) for step, loss in reference.items()) < 1e-11
+
+
+@pytest.mark.timeout(300)
+def test_experts_on_any_number_of_ranks_have_the_losses_of_single(tmp_path: Path) -> None:
+    """With a capacity that drops tokens, in micro-batches; and another number of ranks goes on from the checkpoint."""
+    double = ("--preset", "ep_moe", "--override", "training.precision=fp64", "--override", "model.capacity_factor=1.0")
+    parts = ("--override", "training.micro_batches=2", "--override", "checkpoint.steps=8", "--max-steps", "16")
+    finish(tmp_path / "single", *double, *parts, "--algorithm", "single", "--override", "training.batch_size=12")
+    finish(tmp_path / "ep", *double, *parts, "--local", "3")
+    reference, found = losses(tmp_path / "single"), losses(tmp_path / "ep")
+    assert max(abs(found[step] - loss) for step, loss in reference.items()) < 1e-11
+    rows = [json.loads(line) for line in (tmp_path / "ep" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("moe/dropped_tokens", 0) for row in rows) > 0
+    checkpoint = tmp_path / "ep" / "checkpoints" / "step_00000008"
+    finish(tmp_path / "resumed", "--resume", str(checkpoint), "--local", "2")
+    resumed = losses(tmp_path / "resumed")
+    assert set(resumed) >= set(range(8, 16))
+    assert max(abs(resumed[step] - reference[step]) for step in range(8, 16)) < 1e-11
 
 
 @pytest.mark.timeout(120)

@@ -45,8 +45,9 @@ class Pipeline(StagedStrategy):
         optimizer_factory: OptimizerFactory,
         comm: Communicator,
         *,
-        split: Sequence[range],
+        split: Sequence[range] | None = None,
         schedule: PipelineSchedule = "1f1b",
+        stages_per_rank: int = 2,
         staleness_bound: int = 0,
         grad_clip_norm: float | None = None,
         lr_schedule: LrSchedule | None = None,
@@ -58,13 +59,16 @@ class Pipeline(StagedStrategy):
         """Take the model over and give this rank its layers; see StagedStrategy.
 
         Args:
-            schedule: in which order passes run: "gpipe", "1f1b", or "interleaved", for which `split` has V * P stages.
+            split: the layers of each stage, over all ranks: P of them, or V * P if interleaved. None: by what they cost.
+            schedule: in which order passes run: "gpipe", "1f1b" or "interleaved".
+            stages_per_rank: V, if interleaved and `split` does not say.
         """
         super().__init__(
             model,
             optimizer_factory,
             comm,
             split=split,
+            stages_per_rank=stages_per_rank if schedule == "interleaved" else 1,
             staleness_bound=staleness_bound,
             grad_clip_norm=grad_clip_norm,
             lr_schedule=lr_schedule,

@@ -77,6 +77,7 @@ class OwnStages:
         self.model = model.train()
         # Without values a copy of the model is a matter of names.
         self.own = {n: Stage(copy.deepcopy(model), split[n]) for n in range(comm.rank, len(split), comm.world_size)}
+        self._installed: Mapping[str, nn.Parameter] = {}
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         for stage in self.own.values():
             _move_buffers(stage.module, device, precision)
@@ -106,7 +107,10 @@ class OwnStages:
         return {name: param for name, param in self.params.items() if param.requires_grad}
 
     def install(self, params: Mapping[str, nn.Parameter]) -> None:
-        """Let the stages compute with these parameters."""
+        """Let the stages compute with these parameters, until it is called again; the mapping must not change."""
+        if params is self._installed:
+            return
+        self._installed = params
         for name, param in params.items():
             for held, key in self._places[name]:
                 held[key] = param

@@ -28,6 +28,8 @@ from smolcluster.collectives.chain import ChainSum, EndsSum
 from smolcluster.data.batch import Batch
 from smolcluster.kinds import Precision
 from smolcluster.models.partition import Unit
+from smolcluster.models.split import layer_costs, split_by_cost
+from smolcluster.models.stage import layers_of
 from smolcluster.training.optim import OptimizerFactory, optimizer_state, set_optimizer_state
 from smolcluster.training.own_stages import OwnStages
 from smolcluster.training.restore import check_dtype, check_names, check_shape, slot_value, slots_of
@@ -109,7 +111,8 @@ class StagedStrategy:
         optimizer_factory: OptimizerFactory,
         comm: Communicator,
         *,
-        split: Sequence[range],
+        split: Sequence[range] | None = None,
+        stages_per_rank: int = 1,
         staleness_bound: int = 0,
         grad_clip_norm: float | None = None,
         lr_schedule: LrSchedule | None = None,
@@ -124,7 +127,8 @@ class StagedStrategy:
             model: maps inputs to logits, (B, C) or (B, T, V); see models/stage.py for which ones can be divided.
             optimizer_factory: makes the optimizer from this rank's parameters to train.
             comm: the ranks, in the order of the layers.
-            split: the layers of each stage, over all ranks; stage s lies on rank s mod P.
+            split: the layers of each stage, over all ranks; stage s lies on rank s mod P. None: by what they cost.
+            stages_per_rank: V, where `split` does not say.
             staleness_bound: K, the steps by which a gradient is applied late.
             grad_clip_norm: bound of the global gradient norm; None: never clipped.
             lr_schedule: learning rate of update i; None: what the optimizer has.
@@ -134,6 +138,11 @@ class StagedStrategy:
             values: the parameters of a unit by name, where the model's lie on the meta device: the whole of it is then
                 on no rank. The same on every rank.
         """
+        if split is None:
+            layers = layers_of(model)
+            costs = layer_costs(model, layers)
+            stages = comm.world_size * stages_per_rank
+            split = split_by_cost([[cost.time for cost in costs]] * stages, [cost.parameters for cost in costs])
         if comm.world_size == 1 and split:  # stages of one rank have nobody to speak to
             split = [range(split[0].start, split[-1].stop)]
         self._stages = OwnStages(model, split, comm, precision=precision, device=device, values=values)
