@@ -2,7 +2,7 @@
 
     python benchmarks/expert_balance.py [--seeds 3]     tiny Shakespeare in $SMOLCLUSTER_DATA, two ranks, a few minutes
 
-Trains `ep` for 300 steps of 8 samples a rank and notes `moe/expert_load_max`, the largest load of an expert of any block
+Trains `ep` for 300 steps, 8 samples a rank, and notes `moe/expert_load_max`, the largest load of an expert of any block
 over the even one: once without a limit, once with model.capacity_factor 1.0, once without the load-balancing loss.
 """
 

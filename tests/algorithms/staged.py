@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,13 @@ from smolcluster.training.schedule import lr_schedule
 from smolcluster.training.step import StepResult
 
 _RANDOM = threading.Lock()  # ranks are threads here, and transformers draws from torch's global generator
+
+
+def drawn(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model whose constructor draws from torch's one generator: the same every time."""
+    with _RANDOM, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
 
 
 def build_gpt(seed: int, blocks: int = 6) -> nn.Module:

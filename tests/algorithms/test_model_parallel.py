@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.equality import Case, build_simple_nn, check_equal, run_single
-from algorithms.staged import build_gpt, build_llama, even_split, make_staged, run_staged, staged_batches
+from algorithms.staged import build_gpt, build_llama, drawn, even_split, make_staged, run_staged, staged_batches
 from collectives.contract import open_group, run_group
 from smolcluster.algorithms.model_parallel import ModelParallel
 from smolcluster.collectives.base import Communicator, Work
@@ -118,12 +118,104 @@ def test_frozen_layers_stay(schedule: str | None) -> None:
     check_equal(single(case), run_staged(case, 4, **named(schedule)), "fp64")
 
 
-def test_every_layers_weights_change() -> None:
+def test_every_layer_has_a_gradient_and_changes() -> None:
     case = replace(CASE, micro_batches=4, steps=3)
     before = {name: param.double() for name, param in build_gpt(0).named_parameters()}
     after = run_staged(case, 4, schedule="1f1b")[0].weights
     assert before.keys() == after.keys()
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    def norms(comm: Communicator) -> dict[str, float] | None:  # decay alone changes weights as well
+        strategy = make_staged(case.build(comm.rank), comm, case)
+        strategy.train_step(staged_batches(case, 0, comm.rank, comm.world_size))
+        return strategy.take_gradient_norms()
+
+    for found in run_group(open_group("local", 4), norms):
+        assert found is not None
+        assert found.keys() == before.keys()
+
+
+def build_sequential(_seed: int) -> nn.Module:
+    """With an activation that runs twice, one that works in place, and a batch normalisation."""
+    twice = nn.Tanh()
+    return drawn(
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(12, 9), twice, nn.Linear(9, 9), nn.ReLU(inplace=True), nn.BatchNorm1d(9), twice,
+            nn.Linear(9, 5),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", [None, "1f1b"])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_sequential_equals_single(world_size: int, schedule: str | None) -> None:
+    case = replace(CASE, build=build_sequential, is_text=False, micro_batches=2, length=50)
+    reference = single(case)
+    buffers = {name for name in reference.weights if name.startswith("5.") and "running" in name}
+    outcomes = run_staged(case, world_size, **named(schedule))
+    assert buffers
+    kept = {name: tensor for name, tensor in reference.weights.items() if name in outcomes[0].weights}
+    check_equal(replace(reference, weights=kept), outcomes, "fp64")
+
+    def buffers_after(comm: Communicator) -> dict[str, Tensor]:
+        strategy = make_staged(case.build(comm.rank), comm, case.with_options(**named(schedule)))
+        for step in range(case.steps):
+            strategy.train_step(staged_batches(case, step, comm.rank, comm.world_size))
+        strategy.finish()
+        return {name: strategy.model.get_buffer(name).clone() for name in buffers}
+
+    for found in run_group(open_group("local", world_size), buffers_after):
+        assert all(torch.allclose(found[name], reference.weights[name], rtol=0, atol=1e-11) for name in buffers)
+
+
+def build_words(_seed: int) -> nn.Module:
+    """Its entry is empty, so that a rank may have nothing to do but to pass ids on."""
+    return drawn(lambda: nn.Sequential(nn.Embedding(19, 8), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 19)))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_ids_pass_by_a_rank_without_layers(world_size: int) -> None:
+    case = replace(CASE, build=build_words, micro_batches=2)
+    check_equal(single(case), run_staged(case, world_size, schedule="1f1b"), "fp64")
+
+
+def test_a_module_that_runs_twice_and_is_trained_is_refused() -> None:
+    linear = nn.Linear(12, 12)
+    model = nn.Sequential(linear, nn.Tanh(), linear, nn.Linear(12, 5))
+
+    def build(comm: Communicator) -> None:
+        with pytest.raises(ConfigError, match=r"shared by layers \[1, 3\]"):
+            ModelParallel(model, optimizer_factory("adamw", 1e-3, 0.1), comm)
+
+    run_group(open_group("local", 1), build)
+
+
+def test_with_staleness_every_step_has_as_many_micro_batches() -> None:
+    case = replace(CASE, micro_batches=2).with_options(schedule="1f1b", staleness_bound=1)
+
+    def train(comm: Communicator) -> None:
+        strategy = make_staged(case.build(comm.rank), comm, case)
+        strategy.train_step(staged_batches(case, 0, comm.rank, comm.world_size))
+        with pytest.raises(ConfigError, match="3 micro-batches after steps of 2"):
+            strategy.train_step(staged_batches(replace(case, micro_batches=3), 1, comm.rank, comm.world_size))
+
+    run_group(open_group("local", 1), train)
+
+
+def test_a_stash_goes_when_its_backward_is_done() -> None:
+    case = replace(CASE, micro_batches=2).with_options(schedule="1f1b", staleness_bound=3)
+
+    def train(comm: Communicator) -> list[bool]:
+        strategy = make_staged(case.build(comm.rank), comm, case)
+        for step in range(6):
+            strategy.train_step(staged_batches(case, step, comm.rank, comm.world_size))
+        kept = [bool(passes.params) for passes in strategy._under_way]
+        strategy.finish()
+        return kept
+
+    of_ranks = run_group(open_group("local", 3), train)
+    assert of_ranks[2] == [False, False, False], "the last rank is never behind"
+    assert all(sum(kept) <= 1 for kept in of_ranks)
 
 
 class CountingCommunicator:

@@ -235,7 +235,7 @@ MUTANTS = (
     Mutant(
         "mp: a tied head is trained without what the embedding has found",
         "collectives/chain.py",
-        "            self._tensor += self._arrived  # now that nothing of it is being sent\n",
+        "            self._tensor += self._arrived.to(self._tensor.device)  # now that nothing of it is being sent\n",
         "",
         STAGED_TESTS,
     ),

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from smolcluster.collectives.base import Communicator
+from smolcluster.errors import ConfigError
 from smolcluster.kinds import PipelineSchedule, Precision
 from smolcluster.models.partition import Unit
 from smolcluster.training.optim import OptimizerFactory
@@ -59,7 +60,7 @@ class Pipeline(StagedStrategy):
         """Take the model over and give this rank its layers; see StagedStrategy.
 
         Args:
-            split: the layers of each stage, over all ranks: P of them, or V * P if interleaved. None: by what they cost.
+            split: the layers of each stage, over all ranks: P of them, or V * P if interleaved. None: by their costs.
             schedule: in which order passes run: "gpipe", "1f1b" or "interleaved".
             stages_per_rank: V, if interleaved and `split` does not say.
         """
@@ -110,6 +111,12 @@ class Pipeline(StagedStrategy):
     def _schedule_for(self, micro_batches: int) -> Schedule:
         """The table for so many micro-batches, proved."""
         if self._schedule is None or self._schedule.micro_batches != micro_batches:
+            if self._schedule is not None and self._staleness_bound:
+                raise ConfigError(
+                    f"a step of {micro_batches} micro-batches after steps of {self._schedule.micro_batches}: with "
+                    "staleness_bound above 0 the pipeline is never drained, so each step has as many. Pass some of 0 "
+                    "samples"
+                )
             self._schedule = make_schedule(
                 self._schedule_name,
                 self._comm.world_size,

@@ -163,7 +163,7 @@ def _data(assembly: Assembly) -> _Data:
 
 def _whole_model(parts: Parts, names: Sequence[str]) -> torch.nn.Module:
     """What is built without values, where no rank is to hold all of it, with them."""
-    if parts.config.algorithm in STAGED:
+    if parts.config.algorithm in (*STAGED, "ep"):
         return prepare(parts.config.model_copy(update={"algorithm": "single"}), 0, names[:1]).model
     cluster = parts.config.cluster.model_copy(update={"fsdp_stage": 0})
     return prepare(parts.config.model_copy(update={"cluster": cluster}), parts.rank, names).model

@@ -1,7 +1,7 @@
 """Sums along a chain of ranks, of which each speaks to its neighbours only.
 
 Ranks that hold consecutive layers of a model send activations to the next rank and gradients to the one before. What
-they have to agree on besides goes the same ways: machines that are cabled one to the next need no other links.
+they have to agree on in a step goes the same ways, so that no other link carries anything then.
 
     ChainSum   rank 0 -> 1 -> 2 adds up, 2 -> 1 -> 0 brings the total back: 2 (P-1) messages, the same bits everywhere
     EndsSum    rank 0 and rank P-1 give each other a tensor, through the ranks between: what both then hold is its sum
@@ -133,7 +133,7 @@ class EndsSum:
         for work in self._sent:
             work.wait()
         if self._tensor is not None and self._arrived is not None:
-            self._tensor += self._arrived  # now that nothing of it is being sent
+            self._tensor += self._arrived.to(self._tensor.device)  # now that nothing of it is being sent
             self._arrived = None
 
     def _go_on(self, *, waits: bool) -> None:

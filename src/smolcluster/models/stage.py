@@ -73,7 +73,8 @@ def layers_of(model: nn.Module) -> Layers:
     if isinstance(model, Divisible):
         return model.layers()
     if isinstance(model, nn.Sequential) and len(model):
-        return Layers((), tuple(name for name, _ in model.named_children()), ())
+        # Not named_children(), which gives a module that runs twice once.
+        return Layers((), tuple(name for name, module in model._modules.items() if module is not None), ())
     raise ConfigError(
         f"a {type(model).__name__} cannot be cut into stages, as nothing says which of its parts run one after the "
         "other. Make it an nn.Sequential, give it the methods of smolcluster.models.stage.Divisible, or choose "
@@ -134,6 +135,7 @@ class Stage:
         self.is_first = layers.start == 0
         self.is_last = layers.stop == len(every)
         self._blocks = every.blocks
+        self._run = model.forward_layers if isinstance(model, Divisible) else self._run_blocks
         self.parameters = {n: p for layer in layers for n, p in layer_parameters(model, every, layer).items()}
         kept = {name for layer in layers for name in every.modules(layer)}
         for layer in range(len(every)):
@@ -143,9 +145,10 @@ class Stage:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the layers; see `Divisible.forward_layers`."""
-        if isinstance(self.module, Divisible):
-            return self.module.forward_layers(x, self.layers)
-        for layer in self.layers:
+        return self._run(x, self.layers)
+
+    def _run_blocks(self, x: Tensor, layers: range) -> Tensor:
+        for layer in layers:
             if 0 < layer <= len(self._blocks):
                 x = self.module.get_submodule(self._blocks[layer - 1])(x)
         return x

@@ -15,7 +15,7 @@ from smolcluster.data.loader import eval_batches
 from smolcluster.data.source import TrainingData
 from smolcluster.device import free_memory_bytes
 from smolcluster.errors import ConfigError
-from smolcluster.models.split import LayerCost, layer_costs, split_by_blocks, split_by_cost
+from smolcluster.models.split import layer_costs, split_by_blocks, split_by_cost
 from smolcluster.models.stage import Layers, layers_of
 from smolcluster.training.layer_times import measure_layers
 
@@ -85,7 +85,7 @@ def decide_split(
         return split_by_blocks(blocks, layers, per_rank)
     costs = layer_costs(model, layers)
     if config.cluster.shares == "auto" and comm.world_size > 1:
-        own = _measured(config, model, layers, costs, data, device)
+        own = _measured(config, model, layers, data, device)
         times = cast("list[list[float]]", comm.exchange(list(own)))
     else:
         times = [[cost.time / speed for cost in costs] for speed in speeds]
@@ -149,10 +149,9 @@ def _measured(
     config: Config,
     model: nn.Module,
     layers: Layers,
-    costs: Sequence[LayerCost],
     data: TrainingData,
     device: torch.device,
 ) -> list[float]:
     samples = max(1, resolved_batch_size(config) // config.training.micro_batches)
     inputs = next(iter(eval_batches(data.validation, samples))).inputs
-    return measure_layers(model, layers, costs, inputs, config.training.precision, device)
+    return measure_layers(model, layers, inputs, config.training.precision, device)

@@ -26,6 +26,7 @@ from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.trace import OptimizerSpans, RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
 from smolcluster.run.resume import RunMeta, RunProgress
+from smolcluster.run.support import STAGED
 from smolcluster.training.rng import rng_state
 from smolcluster.training.role import RunContext, TrainerRole
 from smolcluster.training.strategy import DividesModel, Strategy
@@ -211,6 +212,8 @@ def _start(reader: SharedReader, meta: RunMeta, comm: Communicator) -> Start:
     rank_samples = [0] * comm.world_size
     for rank, samples in enumerate(meta.rank_samples):
         rank_samples[rank if rank < comm.world_size else 0] += samples
+    if meta.config.algorithm in STAGED:  # all ranks computed the same ones
+        rank_samples = [meta.progress.samples] * comm.world_size
     progress = Progress(**meta.progress.model_dump() | {"rank_samples": rank_samples[comm.rank]})
     return Start(reader, progress, meta.global_batch, meta.position)
 

@@ -40,6 +40,11 @@ def check_supported(config: Config, world_size: int) -> None:
             f"algorithm ep divides experts, and model.type {config.model.type} has none. Set model.type to moe, or "
             "choose another algorithm"
         )
+    if config.algorithm in STAGED and config.model.type == "moe":
+        raise ConfigError(
+            f"model.type moe is not cut into layers: its balancing loss is one of all layers. Choose algorithm ep "
+            f"instead of {config.algorithm}"
+        )
     if config.algorithm in STAGED and config.cluster.compression != "none":
         raise ConfigError(
             f"cluster.compression {config.cluster.compression} encodes gradients that are summed over ranks; with "

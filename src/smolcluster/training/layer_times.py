@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from smolcluster.kinds import Precision
-from smolcluster.models.split import LayerCost
 from smolcluster.models.stage import Layers, Stage
 from smolcluster.training.step import AUTOCAST_DTYPES
 
@@ -22,35 +20,41 @@ _STD = 0.02
 def measure_layers(
     model: nn.Module,
     layers: Layers,
-    costs: Sequence[LayerCost],
     inputs: Tensor,
     precision: Precision,
     device: torch.device | str,
 ) -> list[float]:
     """Seconds that forward and backward of each layer take here.
 
-    The entry, the first block and the exit are measured, with random weights, one after the other; other blocks are
-    taken to differ from the first as their costs do. Blocks for some steps' time.
+    Each is measured with random weights, on what the one before gives; of blocks that are alike only the first. Blocks
+    for some steps' time.
 
     Args:
-        model: on the meta device; it stays as it is.
+        model: it stays as it is; its values are not looked at.
         layers: the model's.
-        costs: by size, of each layer.
         inputs: some samples, as many as a micro-batch has.
         precision: of the run.
         device: where to compute.
     """
     x = inputs.double() if precision == "fp64" and inputs.is_floating_point() else inputs
     x = x.to(device)
+    # Values are of no use, and a copy of them would be one more.
+    on_meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    skeleton = copy.deepcopy(model, dict(on_meta))
+    kinds = {_kind(skeleton.get_submodule(name)) for name in layers.blocks}
+    last = len(layers) - 1
+    measured = {0, 1, last} if len(kinds) <= 1 else set(range(len(layers)))
     found: dict[int, float] = {}
-    for layer in (0, 1, len(layers) - 1) if layers.blocks else (0, len(layers) - 1):
-        stage = Stage(copy.deepcopy(model), range(layer, layer + 1))
+    for layer in sorted(measured):
+        stage = Stage(copy.deepcopy(skeleton), range(layer, layer + 1))
         _fill(stage, precision, device)
         found[layer], x = _time(stage, x, precision)
-    if not layers.blocks:
-        return [found[0], found[1]]
-    blocks = [found[1] * costs[layer].time / costs[1].time for layer in range(1, len(layers) - 1)]
-    return [found[0], *blocks, found[len(layers) - 1]]
+    return [found[layer] if layer in found else found[1] for layer in range(len(layers))]
+
+
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    """Blocks of one kind take equally long."""
+    return type(block), *(tuple(param.shape) for param in block.parameters())
 
 
 def _fill(stage: Stage, precision: Precision, device: torch.device | str) -> None:
@@ -78,7 +82,7 @@ def _time(stage: Stage, x: Tensor, precision: Precision) -> tuple[float, Tensor]
             given.requires_grad_()
         begin = time.perf_counter()
         with torch.autocast(given.device.type, dtype=half, enabled=half is not None):
-            out = stage(given)
+            out = stage(given.clone())  # a module that works in place may not do so on a leaf
         if out.requires_grad:
             out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
         float(out.flatten()[0].detach())  # a GPU is done when somebody looks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class OwnStages:
         dtype = torch.float64 if precision == "fp64" else None
         if values is None:
             for name in self.names:
-                value = given.pop(name)
+                value = given.pop(name).contiguous()
                 comm.broadcast(value).wait()
                 self._fill({name: value}, dtype)
             self._check()
@@ -136,6 +137,15 @@ class OwnStages:
                 found[name] = own[name]
         return found
 
+    def collect_buffers(self) -> None:
+        """Bring `model`'s persistent buffers up to date, from whoever has them. Every rank calls it; blocks."""
+        own = self.buffers()
+        for name, owner in self._buffer_owners.items():
+            held = self.model.get_buffer(name)
+            if name in own:
+                held.copy_(own[name])
+            self._comm.broadcast(held, src=owner).wait()
+
     # ---- making
 
     def _find_places(self, stage: Stage) -> None:
@@ -156,9 +166,10 @@ class OwnStages:
                 self.install({name: self.params[name]})
 
     def _check(self) -> None:
-        owned: list[JsonValue] = [name for name in self.params if self.brings(name)]
-        each = self._comm.exchange(owned)
-        self.owners = {str(name): rank for rank, names in enumerate(each) if isinstance(names, list) for name in names}
+        mine: JsonValue = [[name for name in self.params if self.brings(name)], list(self.buffers())]
+        each = cast("list[tuple[list[str], list[str]]]", self._comm.exchange(mine))
+        self.owners = {name: rank for rank, (names, _) in enumerate(each) for name in names}
+        self._buffer_owners = {name: rank for rank, (_, names) in enumerate(each) for name in names}
         assert self.owners.keys() == set(self.names), "every parameter has one owner"
 
 

@@ -55,9 +55,12 @@ from smolcluster.training.step import (
 # Tags of messages. Those of micro-batches count up and begin anew; the others are far above.
 _MICRO_TAGS = 2**28
 _EVAL_TAG = 2**28  # and the stage
+_EVAL_ACK_TAG = 2**28 + 2**20
 _EVAL_SUMS_TAG = 2**29 + 32
 _PARAMETER_TAG = 2**29 + 33
 _SUMS_TAG = 2**29 + 1024
+# Batches of an evaluation by which a stage may be ahead of the next one.
+_EVAL_AHEAD = 2
 # Sums of several steps are under way at once and may overtake each other. One tag is the totals', the others are those
 # of tied parameters.
 _SUMS_TAGS = 16
@@ -73,13 +76,15 @@ class Passes:
     Attributes:
         step: the step's number.
         batches: its micro-batches.
-        params: this rank's parameters as they were when the step began.
+        params: this rank's parameters as they were when the step began; none any more once backward is done.
+        grads: of those that are trained, when backward is done.
         loss_scale: what the loss is multiplied with (fp16).
         planned: targets of the step; known on the last rank.
         first_micro: micro-batches of all steps before it.
         left: backward passes to run.
         loss_sum: on the last rank, over what it has computed.
         inputs: of passes whose backward is to come, by (stage, micro-batch); as outputs.
+        gradients: what backward finds for each input that came from another stage.
         outputs: what goes up: activations, on the last rank the summed loss.
         arriving: messages that are expected, by (direction, stage, micro-batch).
         agreement: on the step's sums; None: backward is not done.
@@ -92,8 +97,10 @@ class Passes:
     planned: int
     first_micro: int
     left: int = 0
+    grads: dict[str, Tensor | None] = field(default_factory=dict)
     loss_sum: Tensor | None = None
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    gradients: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     arriving: dict[tuple[int, int, int], Work] = field(default_factory=dict)
     agreement: _Agreement | None = None
@@ -158,10 +165,13 @@ class StagedStrategy:
         self._device = device
         self._skip_nonfinite = skip_nonfinite
         self._scaler = LossScaler() if precision == "fp16" else None
+        # Ids that pass by a rank have no gradient, and a leaf may not be worked on in place: so autograd is given this.
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._under_way: deque[Passes] = deque()
         self._norms: deque[dict[str, float]] = deque(maxlen=staleness_bound + 1)
         self._sending: deque[Work] = deque()
-        self._most_held = 0
+        self._eval_acks: deque[Work] = deque()
+        self._most_held = self._most_stashed = 0
         self._step = 0
         self._micro = 0
         self._is_stop_requested = False
@@ -173,7 +183,7 @@ class StagedStrategy:
         batches = as_batches(micro_batches)
         params = self._stages.params
         if self._staleness_bound:
-            params = {n: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for n, p in params.items()}
+            params = {n: nn.Parameter(p.detach().clone()) if p.requires_grad else p for n, p in params.items()}
         self._optimizer.zero_grad()
         planned = 0
         if self._is_last:
@@ -181,6 +191,8 @@ class StagedStrategy:
         passes = Passes(self._step, batches, params, self._scaler.scale if self._scaler else 1.0, planned, self._micro)
         self._comm.telemetry.step = self._step
         self._under_way.append(passes)
+        if self._staleness_bound:
+            self._most_stashed = max(self._most_stashed, sum(bool(step.params) for step in self._under_way))
         self._step += 1
         self._micro += len(batches)
         computed = [micro for micro, batch in enumerate(batches) if batch.samples]
@@ -203,9 +215,14 @@ class StagedStrategy:
             return
         self._poll()
         self._stages.install(passes.params)
-        x = self._inputs(batch) if own.is_first else self._arrived(passes, _UP, stage, micro).requires_grad_()
+        if own.is_first:
+            x = given = self._inputs(batch)
+        else:
+            x = self._arrived(passes, _UP, stage, micro)
+            passes.gradients[stage, micro] = []
+            given = _Arrival.apply(self._anchor, x, passes.gradients[stage, micro])  # type: ignore[no-untyped-call]
         with self._comm.telemetry.span("forward", {"step": passes.step, "stage": stage, "micro_batch": micro}):
-            out = self._run(stage, x)
+            out = self._run(stage, given)
             if own.is_last:
                 out = summed_loss(out, batch.targets.to(self._device))
                 passes.loss_sum = out.detach() + (0 if passes.loss_sum is None else passes.loss_sum)
@@ -230,7 +247,8 @@ class StagedStrategy:
                 out.backward(grad)  # type: ignore[no-untyped-call]
         del out
         if not own.is_first:
-            back = torch.zeros_like(x) if x.grad is None else x.grad
+            found = passes.gradients.pop((stage, micro))
+            back = found[0] if found else torch.zeros_like(x)
             self._send(back, stage - 1, self._tag(passes, _DOWN, stage - 1, micro))
         passes.left -= 1
         if not passes.left:
@@ -248,12 +266,14 @@ class StagedStrategy:
         """Begin to add a step's sums up; `fields`: what this rank brings in, if not what it has computed."""
         if fields is None:
             fields = self._computed(passes)
+            passes.grads = {name: passes.params[name].grad for name in self._trained}
+            passes.params = {}
         tied: list[str] = []
         if self._comm.world_size > 1 and not is_tied_summed:
             tied = [name for name in self._stages.tied if self.model.get_parameter(name).requires_grad]
         tag = _SUMS_TAG + passes.step % _STEPS_APART * _SUMS_TAGS
         votes = self._is_stop_requested
-        passes.agreement = _Agreement(self._comm, self._stages, passes.params, tied, fields, votes, tag)
+        passes.agreement = _Agreement(self._comm, self._stages, passes.grads, tied, fields, votes, tag)
 
     def _computed(self, passes: Passes) -> list[float]:
         """Loss, targets, samples, planned targets, whether the loss is not finite: the last rank knows them."""
@@ -274,7 +294,7 @@ class StagedStrategy:
         correction = sums.planned / max(sums.count, 1) / due.loss_scale
         grad_norm = math.inf if sums.nonfinite else math.sqrt(sum(sums.squares)) * correction
         for name, param in self._trained.items():
-            param.grad = due.params[name].grad
+            param.grad = due.grads[name]
         grads = [param.grad for param in self._trained.values() if param.grad is not None]
         self._most_held = max(self._most_held, sum(grad.nbytes for grad in grads) * (len(self._under_way) + 1))
         scale_gradients(grads, grad_norm, self._grad_clip_norm, correction)
@@ -365,18 +385,17 @@ class StagedStrategy:
 
         Every rank calls it with the same batches.
         """
+        sums = EvalSums(0.0, 0, 0, 0)
         if not batch.samples:
-            return EvalSums(0.0, 0, 0, 0)
+            return sums
         self._stages.install(self._stages.params)
         for number, stage in self._stages.own.items():
             if stage.is_first:
                 x = self._inputs(batch)
             else:
-                x = (
-                    self._comm.recv((number - 1) % self._comm.world_size, _EVAL_TAG + number)
-                    .result()[0]
-                    .to(self._device)
-                )
+                before = (number - 1) % self._comm.world_size
+                x = self._comm.recv(before, _EVAL_TAG + number).result()[0].to(self._device)
+                self._send(torch.empty(0), number - 1, _EVAL_ACK_TAG + number)
             was_training = stage.module.training
             stage.module.eval()
             try:
@@ -385,12 +404,19 @@ class StagedStrategy:
             finally:
                 stage.module.train(was_training)
             if stage.is_last:
-                return grade(out, batch, self._device)
+                sums = grade(out, batch, self._device)
+                continue
             self._send(out, number + 1, _EVAL_TAG + number + 1)
-        return EvalSums(0.0, 0, 0, 0)
+            after = (number + 1) % self._comm.world_size
+            self._eval_acks.append(self._comm.recv(after, _EVAL_ACK_TAG + number + 1))
+        while len(self._eval_acks) > _EVAL_AHEAD * len(self._stages.own):
+            self._eval_acks.popleft().wait()
+        return sums
 
     def add_up(self, sums: EvalSums) -> EvalSums:
         """The sums over all ranks. Every rank calls it; blocks."""
+        while self._eval_acks:
+            self._eval_acks.popleft().wait()
         total = torch.tensor([sums.loss_sum, sums.count, sums.correct, sums.graded], dtype=torch.float64)
         ChainSum(self._comm, total, _EVAL_SUMS_TAG).wait()
         return EvalSums(float(total[0]), *(round(number) for number in total[1:].tolist()))
@@ -401,6 +427,7 @@ class StagedStrategy:
         results = [self._apply(self._under_way.popleft()) for _ in range(len(self._under_way))]
         while self._sending:
             self._sending.popleft().wait()
+        self._stages.collect_buffers()
         return results
 
     def request_stop(self) -> None:
@@ -441,8 +468,9 @@ class StagedStrategy:
 
     def held_bytes(self) -> tuple[int, int, int]:
         """Bytes of parameters, gradients and optimizer state that this rank has held at most, all at once."""
-        copies = 1 + (self._staleness_bound + 1 if self._staleness_bound else 0)
-        parameters = sum(param.nbytes for param in self._stages.params.values()) * copies
+        params = self._stages.params.values()
+        stashes = self._most_stashed * sum(param.nbytes for param in params if param.requires_grad)
+        parameters = sum(param.nbytes for param in params) + stashes
         slots = [value for state in self._optimizer.state.values() for value in state.values()]
         return parameters, self._most_held, sum(value.nbytes for value in slots if isinstance(value, Tensor))
 
@@ -474,8 +502,7 @@ class StagedStrategy:
                     passes.loss_scale,
                 ]
                 found[f"pending/{number:04d}/sums"] = Shard(torch.tensor(numbers, dtype=torch.float64), "pending")
-            for name in self._trained:
-                grad = passes.params[name].grad
+            for name, grad in passes.grads.items():
                 if grad is not None and stages.brings(name):
                     found[f"pending/{number:04d}/grad/{name}"] = Shard(grad, "pending")
         return found
@@ -520,15 +547,12 @@ class StagedStrategy:
         stored = set(reader.names("pending/"))
         for sums_name in sorted(name for name in stored if name.endswith("/sums")):
             step, loss_sum, count, samples, nonfinite, planned, loss_scale = reader.read(sums_name).tolist()
-            params = {
-                n: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for n, p in self._stages.params.items()
-            }
-            passes = Passes(round(step), [], params, loss_scale, round(planned), 0)
+            passes = Passes(round(step), [], {}, loss_scale, round(planned), 0)
             for name in self._stages.names:
                 full = f"{sums_name.removesuffix('sums')}grad/{name}"
                 grad = self._read(reader, full, name) if full in stored else None
-                if grad is not None:
-                    params[name].grad = grad.to(params[name].device)
+                if name in self._trained:
+                    passes.grads[name] = None if grad is None else grad.to(self._device)
             # The sums are those of all ranks: rank 0 brings them in, so that they count once.
             fields = [loss_sum, count, samples, planned, nonfinite]
             self._agree(passes, fields if self._comm.rank == 0 else [0.0] * 5, is_tied_summed=True)
@@ -539,6 +563,23 @@ class StagedStrategy:
         param = self._stages.params.get(name)
         values = reader.read_slice(full_name, 0, 0 if param is None else param.numel())
         return None if param is None else values.view(param.shape)
+
+
+class _Arrival(torch.autograd.Function):
+    """An activation that has arrived, as the result of a computation: in backward its gradient is put into a list."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, found: list[Tensor]) -> Tensor:
+        ctx.found = found
+        out = x.detach()
+        if not x.is_floating_point():
+            ctx.mark_non_differentiable(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]  # torch's is not typed
+        ctx.found.append(grad)
+        return None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -571,7 +612,7 @@ class _Agreement:
         self,
         comm: Communicator,
         stages: OwnStages,
-        params: Mapping[str, nn.Parameter],
+        grads: dict[str, Tensor | None],
         tied: Sequence[str],
         fields: list[float],
         votes: bool,
@@ -580,14 +621,16 @@ class _Agreement:
         self._comm = comm
         self._tag = tag
         self._stages = stages
-        self._params = params
+        self._grads = grads
         self._fields = [*fields, float(votes)]
         self._ties: list[EndsSum] = []
         for number, name in enumerate(tied):
-            param = params.get(name)
-            if param is not None:
-                param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
-            self._ties.append(EndsSum(comm, None if param is None else param.grad, tag + 1 + number))
+            grad: Tensor | None = None
+            if name in stages.params:
+                grad = grads[name]
+                grad = torch.zeros_like(stages.params[name]) if grad is None else grad.contiguous()
+                grads[name] = grad
+            self._ties.append(EndsSum(comm, grad, tag + 1 + number))
         self._total = torch.empty(0)
         self._sum: ChainSum | None = None
         self.poll()
@@ -619,7 +662,7 @@ class _Agreement:
         for tie in self._ties:
             tie.wait()
         squares = dict.fromkeys(self._stages.names, 0.0)
-        own = {n: p.grad for n, p in self._params.items() if p.grad is not None and self._stages.brings(n)}
+        own = {name: grad for name, grad in self._grads.items() if grad is not None and self._stages.brings(name)}
         squares |= zip(own, squares_of(list(own.values())), strict=True)
         self._total = torch.tensor([*self._fields, *squares.values()], dtype=torch.float64)
         self._sum = ChainSum(self._comm, self._total, self._tag)
