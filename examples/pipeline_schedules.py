@@ -2,9 +2,9 @@
 
     python examples/pipeline_schedules.py
 
-Every layer does nothing but wait for 3 ms, and 6 ms in backward, so what is left of the time is what each schedule makes
-the ranks wait. Between machines the strategies are the same, with `smol.connect()` as communicator; in `smolcluster
-train --algorithm mp_pipeline` there is the whole loop.
+Every layer does nothing but wait for 3 ms, and 6 ms in backward, so what is left of the time is what each schedule
+makes the ranks wait. Between machines the strategies are the same, with `smol.connect()` as communicator; in
+`smolcluster train --algorithm mp_pipeline` there is the whole loop.
 """
 
 from __future__ import annotations
