@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from drawing import BACKWARD, FORWARD, NETWORK, WAITING, bar, bars_over_time
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MEASURED, PICTURE = HERE / "overlap.json", HERE.parent / "images" / "overlap.svg"
@@ -25,8 +27,7 @@ RATE = "100mbit"
 RANKS, STEPS, WARM_UP = 2, 16, 4
 BATCH, TIME = 40, 128  # backward then takes about as long as the all-reduce on one core of a server
 
-INK = "#707b89"  # reads on white and on black: the picture has no background of its own
-COLORS = {"forward": "#7aa6c2", "backward": "#2f6d9a", "all_reduce": "#e0782f", "comm_wait": "#b9c2cd"}
+COLORS = {"forward": FORWARD, "backward": BACKWARD, "all_reduce": NETWORK, "comm_wait": WAITING}
 NAMES = {
     "forward": "forward",
     "backward": "backward",
@@ -126,37 +127,17 @@ def run_rank() -> None:
 
 def draw() -> None:
     """One row for the processor and one for the network of each rank."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    figures = json.loads(MEASURED.read_text(encoding="utf-8"))
-    style = {"svg.fonttype": "none", "svg.hashsalt": "overlap", "font.family": "sans-serif", "font.size": 10.5}
-    with plt.rc_context({**style, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
-        figure, axes = plt.subplots(figsize=(8.6, 3.3))
-        labels = []
-        for rank, spans in enumerate(figures["ranks"]):
-            row = 2.6 * rank
-            labels += [(row, f"rank {rank}  processor"), (row + 1, "network")]
+    ranks = json.loads(MEASURED.read_text(encoding="utf-8"))["ranks"]
+    rows = []
+    for rank in range(len(ranks)):
+        rows += [(2.6 * rank, f"rank {rank}  processor"), (2.6 * rank + 1, "network")]
+    legend = {COLORS[name]: text for name, text in NAMES.items()}
+    with bars_over_time(PICTURE, rows, legend, unit="milliseconds since the step began") as axes:
+        for rank, spans in enumerate(ranks):
             for span in spans:
-                height, place = (0.8, row + 1) if span["name"] == "all_reduce" else (0.8, row)
-                bar = (1000 * span["start"], 1000 * (span["end"] - span["start"]))
-                axes.broken_barh([bar], (place - height / 2, height), color=COLORS[span["name"]], linewidth=0)
-                axes.vlines(sum(bar), place - height / 2, place + height / 2, color="#ffffff", linewidth=0.7)
-        axes.set_yticks([place for place, _ in labels], [label for _, label in labels])
-        axes.invert_yaxis()
-        axes.set_xlabel("milliseconds since the step began")
-        axes.tick_params(length=0)
-        axes.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        handles = [Patch(color=color, label=NAMES[name]) for name, color in COLORS.items()]
-        axes.legend(handles=handles, ncols=4, loc="lower center", bbox_to_anchor=(0.44, 1.0), frameon=False)
-        figure.tight_layout()
-        figure.savefig(PICTURE, transparent=True, metadata={"Date": None})
+                row = 2.6 * rank + (span["name"] == "all_reduce")
+                bar(axes, row, span["start"], span["end"], COLORS[span["name"]])
+                axes.vlines(1000 * span["end"], row - 0.4, row + 0.4, color="#ffffff", linewidth=0.7)
 
 
 if __name__ == "__main__":

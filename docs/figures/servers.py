@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from drawing import BACKWARD, FORWARD, NETWORK, UPDATE, WAITING, bar, bars_over_time
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 MEASURED, IMAGES = HERE / "servers.json", HERE.parent / "images"
@@ -26,9 +28,8 @@ RANKS = 4
 PIECE_S = 0.9
 STEPS = {"syncps": 24, "edp": 72}  # edp's are one push each
 
-INK = "#707b89"  # reads on white and on black: the picture has no background of its own
 COLORS = {
-    "forward": "#7aa6c2", "backward": "#2f6d9a", "comm_wait": "#b9c2cd", "update": "#8c4f9f", "push": "#e0782f",
+    "forward": FORWARD, "backward": BACKWARD, "comm_wait": WAITING, "update": UPDATE, "push": NETWORK,
 }  # fmt: skip
 NAMES = {
     "forward": "forward", "backward": "backward", "comm_wait": "waiting", "update": "server's update",
@@ -77,34 +78,14 @@ def _piece(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(algorithm: str, spans: list[dict[str, Any]]) -> None:
     """A row for each rank, and a thin one below it for its gradients on their way."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    style = {"svg.fonttype": "none", "svg.hashsalt": algorithm, "font.family": "sans-serif", "font.size": 10.5}
-    with plt.rc_context({**style, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}):
-        figure, axes = plt.subplots(figsize=(8.6, 3.3))
+    rows = [(1.5 * rank, f"worker {rank}" if rank else "server") for rank in range(RANKS)]
+    legend = {COLORS[name]: text for name, text in NAMES.items()}
+    with bars_over_time(IMAGES / f"{algorithm}.svg", rows, legend) as axes:
         for span in spans:
-            thin = span["name"] == "push"
-            place, height = 1.5 * span["rank"] + (0.58 if thin else 0.0), 0.22 if thin else 0.8
-            bar = (1000 * span["start"], 1000 * (span["end"] - span["start"]))
-            axes.broken_barh([bar], (place - height / 2, height), color=COLORS[span["name"]], linewidth=0)
-        labels = ["server", *(f"worker {rank}" for rank in range(1, RANKS))]
-        axes.set_yticks([1.5 * rank for rank in range(RANKS)], labels)
+            is_push = span["name"] == "push"
+            row, height = 1.5 * span["rank"] + (0.58 if is_push else 0.0), 0.22 if is_push else 0.8
+            bar(axes, row, span["start"], span["end"], COLORS[span["name"]], height)
         axes.set_xlim(0, 1000 * PIECE_S)
-        axes.invert_yaxis()
-        axes.set_xlabel("milliseconds")
-        axes.tick_params(length=0)
-        axes.grid(axis="x", color=INK, alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        handles = [Patch(color=color, label=NAMES[name]) for name, color in COLORS.items()]
-        axes.legend(handles=handles, ncols=5, loc="lower center", bbox_to_anchor=(0.46, 1.0), frameon=False)
-        figure.tight_layout()
-        figure.savefig(IMAGES / f"{algorithm}.svg", transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smolcluster.algorithms.classicdp import ClassicDP
+    from smolcluster.algorithms.expert_parallel import ExpertParallel
     from smolcluster.algorithms.fsdp import FSDP
+    from smolcluster.algorithms.model_parallel import ModelParallel
+    from smolcluster.algorithms.pipeline import Pipeline
     from smolcluster.algorithms.single import Single
     from smolcluster.collectives.base import Communicator, ReduceOp, Work
     from smolcluster.config.load import load_config
@@ -36,6 +39,9 @@ __all__ = [
     "Single",
     "ClassicDP",
     "FSDP",
+    "ModelParallel",
+    "Pipeline",
+    "ExpertParallel",
     "Strategy",
     "StepResult",
     "EvalSums",
@@ -56,6 +62,9 @@ _MODULES = {
     "Single": "algorithms.single",
     "ClassicDP": "algorithms.classicdp",
     "FSDP": "algorithms.fsdp",
+    "ModelParallel": "algorithms.model_parallel",
+    "Pipeline": "algorithms.pipeline",
+    "ExpertParallel": "algorithms.expert_parallel",
     "Strategy": "training.strategy",
     "StepResult": "training.step",
     "EvalSums": "training.step",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from smolcluster.errors import ConfigError
@@ -50,6 +51,37 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory_bytes() -> int:
+    """How much more memory this process may take: what the machine has left, or on Linux its control group."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for folder, limit_name, used_name in _memory_groups():
+        try:
+            limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+        except (OSError, ValueError):  # not mounted here, or "max"
+            continue
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def _memory_groups() -> list[tuple[Path, str, str]]:
+    """Where this process's memory limits may stand: a folder, and in it the files of the limit and of what is used."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    groups = []
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers == "memory":
+            folder = Path("/sys/fs/cgroup/memory") / place.lstrip("/")
+            groups.append((folder, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+        elif not controllers:
+            groups.append((Path("/sys/fs/cgroup") / place.lstrip("/"), "memory.max", "memory.current"))
+    return groups
 
 
 def prepare_process() -> None:

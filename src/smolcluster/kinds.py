@@ -11,3 +11,4 @@ Algorithm = Literal["single", "classicdp", "fsdp", "syncps", "edp", "mp", "mp_pi
 Backend = Literal["tcp", "gloo", "nccl"]
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 Compression = Literal["none", "bf16", "fp16", "int8"]
+PipelineSchedule = Literal["gpipe", "1f1b", "interleaved"]

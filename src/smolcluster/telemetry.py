@@ -155,13 +155,13 @@ class Telemetry:
             self.trace.add(track, name, start, end, {"step": step, **(details or {})})
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Record the time that the body takes."""
+    def span(self, name: str, details: Mapping[str, int | str] | None = None) -> Iterator[None]:
+        """Record the time that the body takes; `details` are shown in a trace."""
         start = time.monotonic()
         try:
             yield
         finally:
-            self.record(name, start, time.monotonic())
+            self.record(name, start, time.monotonic(), details=details)
 
     def traced(self, name: str, track: str = COMPUTE) -> AbstractContextManager[None]:
         """Keep the time that the body takes in the trace, if one is recorded, and nowhere else."""

@@ -27,9 +27,9 @@ def run(*arguments: str) -> int:
     [
         (["--algorithm", "classicdp"], "'--local'"),
         (["--algorithm", "classicdp", "--local", "0"], "--local 0: give the number of ranks"),
-        (["--algorithm", "classicdp", "--local", "2", "--against", "torch_pipelining"], "comes with pipelines"),
-        (["--algorithm", "classicdp", "--local", "2", "--against", "horovod"], "Use ddp, fully_shard or single"),
-        (["--algorithm", "ep", "--local", "2"], "available: single, classicdp"),
+        (["--algorithm", "classicdp", "--local", "2", "--against", "torch_pipelining"], "for --algorithm mp_pipeline"),
+        (["--algorithm", "classicdp", "--local", "2", "--against", "horovod"], "torch_pipelining or single"),
+        (["--algorithm", "ep", "--local", "2"], "Set model.type to moe"),
         (["--algorithm", "single", "--local", "2"], "single is one process"),
         (["--algorithm", "classicdp", "--local", "2", "--congestion", "bbr"], "Use equal or default"),
         (["--algorithm", "classicdp", "--local", "2", "--preset", "classicdp_digit"], "classicdp_digits"),

@@ -25,8 +25,8 @@ def run(*arguments: str) -> int:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--algorithm", "ep"], "algorithm ep comes in a later release; available: single, classicdp, fsdp"),
-        (["train", "--algorithm", "ep", "--local", "2"], "algorithm ep comes in a later release"),
+        (["train", "--algorithm", "ep"], "algorithm ep divides experts, and model.type simple_nn has none"),
+        (["train", "--algorithm", "ep", "--local", "2"], "Set model.type to moe"),
         (["train", "--algorithm", "single", "--local", "2"], "algorithm single is one process, but 2 ranks"),
         (["train", "--preset", "classicdp_digit"], "classicdp_digits"),
         (["train", "--override", "training.batch_sise=3"], "nearest: training.batch_size"),

@@ -110,9 +110,9 @@ def test_the_ids_of_a_local_tokenizer_are_counted(tmp_path: Path) -> None:
 
 def test_experts_multiply_the_feed_forward_layer_and_add_a_router() -> None:
     plain = parameter_count(config(SMALL_GPT)) or 0
-    feed_forward, router = 2 * 24 * 40 + 40 + 24, 4 * 24
+    feed_forward, expert, router = 2 * 24 * 40 + 40 + 24, 3 * 24 * 40, 4 * 24
     assert parameter_count(config({**SMALL_GPT, "type": "moe", "num_experts": 4})) == plain + 3 * (
-        3 * feed_forward + router
+        4 * expert + router - feed_forward
     )
 
 
@@ -166,7 +166,7 @@ def test_ep_spreads_the_experts_alone() -> None:
     model = {**SMALL_GPT, "type": "moe", "num_experts": 4}
     whole = parameter_count(config(model)) or 0
     estimate = estimate_memory(config(model, algorithm="ep"), 4)
-    experts = 3 * 4 * (2 * 24 * 40 + 40 + 24)
+    experts = 3 * 4 * 3 * 24 * 40
     assert estimate is not None
     assert estimate.weights == 4 * (whole - experts + experts // 4)
 

@@ -26,7 +26,7 @@ from smolcluster.config.schema import (
 CANONICAL = {
     "": "algorithm backend",
     "model": "type args input_dim hidden out model_dim num_layers num_heads ff_dim dropout max_seq_len hf_model_name "
-    "num_experts top_k capacity_factor aux_loss_weight init",
+    "num_experts top_k capacity_factor aux_loss_weight z_loss_weight router_noise init",
     "training": "batch_size epochs max_steps optimizer learning_rate weight_decay grad_clip_norm micro_batches "
     "schedule precision device activation_checkpointing eval_steps track_gradients polyak_alpha",
     "lr_schedule": "kind warmup_iters min_lr",

@@ -104,6 +104,20 @@ def test_all_stages_of_fsdp_learn_the_same_in_less_and_less_memory(capsys: pytes
     assert totals[3] < 0.5 * totals[0]
 
 
+def test_a_pipeline_waits_less_than_layers_that_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run_here("pipeline_schedules.py", capsys).splitlines()
+    losses = {line.split("loss ")[1].split()[0] for line in lines}
+    assert len(losses) == 1, "another loss in another order"
+    alone, layers, gpipe, one_f_one_b = (int(line.split()[-4]) for line in lines)
+    assert layers > 0.9 * alone
+    assert max(gpipe, one_f_one_b) < 0.8 * layers
+
+
+def test_experts_on_three_ranks_learn_what_one_process_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    alone, shared = run_here("expert_load.py", capsys).splitlines()
+    assert alone.split("loss ")[1] == shared.split("loss ")[1]
+
+
 def test_the_output_on_the_pages_is_the_examples_own(capsys: pytest.CaptureFixture[str]) -> None:
     alone = run_here("classicdp_by_hand.py", capsys)
     assert alone in (ROOT / "docs" / "getting-started.md").read_text(encoding="utf-8")

@@ -41,11 +41,6 @@ def test_fewer_outputs_than_classes_are_refused() -> None:
         build_model(ModelConfig(type="simple_nn", out=2), seed=0, num_classes=10)
 
 
-def test_types_of_later_releases_say_so() -> None:
-    with pytest.raises(ConfigError, match=r"model\.type moe comes in a later release; this one has simple_nn, gpt, hf"):
-        build_model(ModelConfig(type="moe"), seed=0, vocab_size=256)
-
-
 def test_a_published_model_needs_a_name() -> None:
     for section in (ModelConfig(type="gpt", init="pretrained"), ModelConfig(type="hf")):
         with pytest.raises(ConfigError, match=r"model\.hf_model_name is not set"):

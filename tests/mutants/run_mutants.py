@@ -20,7 +20,9 @@ CLASSICDP_TESTS = ("tests/algorithms/test_classicdp.py",)
 INT8_TESTS = ("tests/collectives/test_int8.py",)
 FSDP_TESTS = ("tests/algorithms/test_fsdp.py",)
 ROWS_TESTS = ("tests/algorithms/test_fsdp_rows.py",)
+STAGED_TESTS = ("tests/algorithms/test_model_parallel.py",)
 SINGLE_TESTS = ("tests/algorithms/test_single.py",)
+EP_TESTS = ("tests/algorithms/test_expert_parallel.py",)
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,62 @@ MUTANTS = (
         "            part.index_add_(0, rows, theirs)",
         "            part.index_add_(0, rows, theirs * 0)",
         ROWS_TESTS,
+    ),
+    Mutant(
+        "ep: dispatch is detached from the graph",
+        "collectives/dispatch.py",
+        "_AllToAllRows.apply(rows, comm",
+        "_AllToAllRows.apply(rows.detach(), comm",
+        EP_TESTS,
+    ),
+    Mutant(
+        "ep: gradients of experts count twice in the norm",
+        "algorithms/expert_parallel.py",
+        "        squares |= _squares(self._experts, expert_grads)\n",
+        "        squares |= {name: 2 * square for name, square in _squares(self._experts, expert_grads).items()}\n",
+        EP_TESTS,
+    ),
+    Mutant(
+        "ep: a rank fills the experts as if its tokens were the first",
+        "models/moe.py",
+        "place_NE = before_RE[self.exchange.rank]",
+        "place_NE = before_RE[0]",
+        EP_TESTS,
+    ),
+    Mutant(
+        "ep: the balancing loss weighs the own targets only",
+        "algorithms/expert_parallel.py",
+        "targets=int(targets_RM[:, micro].sum()),",
+        "targets=int(targets_RM[comm.rank, micro]),",
+        EP_TESTS,
+    ),
+    Mutant(
+        "mp: a stage without optimizer step",
+        "training/staged.py",
+        "            self._optimizer.step()\n",
+        "            if self._comm.rank != 1:\n                self._optimizer.step()\n",
+        STAGED_TESTS,
+    ),
+    Mutant(
+        "pipeline: a ragged micro-batch weighs as much as a full one",
+        "training/staged.py",
+        "torch.full_like(out, passes.loss_scale / passes.planned)",
+        "torch.full_like(out, passes.loss_scale / max(count_targets([passes.batches[micro]]), 1) / 2)",
+        STAGED_TESTS,
+    ),
+    Mutant(
+        "mp: a tied head is trained without what the embedding has found",
+        "collectives/chain.py",
+        "            self._tensor += self._arrived.to(self._tensor.device)  # now that nothing of it is being sent\n",
+        "",
+        STAGED_TESTS,
+    ),
+    Mutant(
+        "mp: backward sees newer weights than forward",
+        "training/staged.py",
+        "        if self._staleness_bound:\n            params",
+        "        if False:\n            params",
+        STAGED_TESTS,
     ),
 )
 

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-SOURCE = str(Path(__file__).parent.parent.parent / "src")
+from run.real_runs import PATIENCE, kill_rank_after_a_checkpoint, start, summary_of
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="SIGKILL")]
-PATIENCE = 2.0
 RUN = [
     *("--preset", "fsdp_gpt", "--local", "3", "--max-steps", "100", "--override", "model.num_layers=4"),
     *("--override", "training.eval_steps=null", "--override", "checkpoint.steps=20"),
     *("--override", f"cluster.patience={PATIENCE:g}", "--override", "cluster.staleness_bound=1"),
 ]  # fmt: skip
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    return subprocess.Popen(
-        [sys.executable, "-c", "from smolcluster.cli import main; main()", "train", "--out", str(folder), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**kept, "PYTHONPATH": SOURCE},
-    )
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary
-
-
-def kill_rank_after_a_checkpoint(process: subprocess.Popen[str], folder: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not (folder / "checkpoints" / "latest").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)  # a poll of the file system; nothing tells of a new file on all platforms
-    ranks = [child for child in psutil.Process(process.pid).children() if "smolcluster.run.rank" in child.cmdline()]
-    assert len(ranks) == 3
-    ranks[1].send_signal(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

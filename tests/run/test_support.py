@@ -24,7 +24,8 @@ def make_config(**sections: Any) -> Config:
 @pytest.mark.parametrize(
     ("sections", "names"),
     [
-        ({"algorithm": "ep"}, "ep comes in a later release; available: single, classicdp, fsdp"),
+        ({"algorithm": "ep"}, "ep divides experts, and model.type simple_nn has none"),
+        ({"algorithm": "mp", "cluster": {"compression": "int8"}}, "with algorithm mp none are"),
         ({"backend": "gloo", "cluster": {"tls": True}}, "cluster.tls is of backend tcp; gloo does not encrypt"),
         ({"algorithm": "syncps", "backend": "gloo"}, "lets workers come and go, which backend gloo cannot"),
         ({"algorithm": "edp", "data": {"streaming": True}}, "a stream cannot be read at any place"),

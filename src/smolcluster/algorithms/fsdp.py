@@ -55,8 +55,8 @@ from smolcluster.training.sharded import (
     load_sharded_state,
     make_shards,
     pending_shards,
+    piece_squares,
     sharded_state,
-    squares_of,
     sum_totals,
 )
 from smolcluster.training.step import (
@@ -251,7 +251,7 @@ class FSDP:
         due.gradients.wait()
         grads = due.gradients.grads(self._pieces)
         # Each element is owned once (in stage 0 by all): the squares of all owners' norms add up to the global norm's.
-        sums = sum_totals(due.own, due.gradients, squares_of(self._pieces, grads, self._shards), self._comm)
+        sums = sum_totals(due.own, due.gradients, piece_squares(self._pieces, grads, self._shards), self._comm)
         step = due.gradients.step
         loss = sums.loss_sum / max(sums.count, 1)
         correction = due.planned / max(sums.count, 1) / due.loss_scale

@@ -44,6 +44,7 @@ from smolcluster.training.step import (
     pending_state,
     prepare_model,
     read_pending,
+    take_metrics,
 )
 
 
@@ -58,6 +59,7 @@ class _Gradient:
     loss_scale: float
     grads: list[Tensor | None]
     planned: int  # what it is scaled by: its targets, unless another algorithm computed it
+    metrics: dict[str, float] | None = None  # what the model measured
 
 
 class Single:
@@ -125,13 +127,20 @@ class Single:
         # 2 forward, backward: the gradient of the mean loss over all micro-batches
         scale = loss_scale / max(count, 1)
         loss_sum = forward_backward(
-            self.model, batches, scale, self._precision, device=self._device, telemetry=self._telemetry
+            self.model,
+            batches,
+            scale,
+            self._precision,
+            device=self._device,
+            telemetry=self._telemetry,
+            step=self._step,
         )
 
         # 3 queue: gradients leave in the order of their steps
         samples = sum(batch.samples for batch in batches)
         grads = [param.grad for param in self._params]
-        self._queue.append(_Gradient(self._step, loss_sum, count, samples, loss_scale, grads, max(count, 1)))
+        metrics = take_metrics(self.model)
+        self._queue.append(_Gradient(self._step, loss_sum, count, samples, loss_scale, grads, max(count, 1), metrics))
         self._step += 1
         if len(self._queue) <= self._staleness_bound:
             return None
@@ -161,7 +170,8 @@ class Single:
         )
         if is_applied:
             self._optimizer.step()
-        return StepResult(due.step, loss, due.count, due.samples, grad_norm, lr, is_applied, self._is_stop_requested)
+        stop = self._is_stop_requested
+        return StepResult(due.step, loss, due.count, due.samples, grad_norm, lr, is_applied, stop, metrics=due.metrics)
 
     def eval_step(self, batch: Batch) -> EvalSums:
         """Loss sum, target count and correct predictions of one batch; changes nothing."""

@@ -1,9 +1,9 @@
-"""Training, ours against torch's DistributedDataParallel or fully_shard: in the same processes, on the same batches.
+"""Training, ours against torch's own ways (see COMPETITORS): in the same processes, on the same batches.
 
 Each rank is a process that holds every contestant: our strategy as `smolcluster train` builds it, torch's, and both
-once more without communication. A block is some updates of one of them in a row, after some that are not counted; its
-time is that of the slowest rank. The order within a pair of blocks is turned round from pair to pair. While one
-trains, the threads of the others sleep.
+once more without communication (but for pipelines, whose ranks cannot compute by themselves). A block is some updates
+of one of them in a row, after some that are not counted; its time is that of the slowest rank. The order within a pair
+of blocks is turned round from pair to pair. While one trains, the threads of the others sleep.
 
 The ratio is the median over pairs of ours / theirs in tokens/s, with a bootstrap interval over the pairs.
 """
@@ -20,10 +20,11 @@ from smolcluster.bench.ranks import run_ranks
 from smolcluster.config.schema import Config
 from smolcluster.errors import ClusterError, ConfigError
 from smolcluster.kinds import JsonObject, JsonValue
-from smolcluster.run.support import check_supported, rank_weights
+from smolcluster.run.support import STAGED, check_supported, rank_weights
 
-COMPETITORS = ("ddp", "fully_shard", "single")
-LATER_COMPETITORS = {"torch_pipelining": "pipelines"}
+COMPETITORS = ("ddp", "fully_shard", "torch_pipelining", "single")
+# Those that are no match for another algorithm.
+_ALGORITHM_OF = {"fully_shard": "fsdp", "torch_pipelining": "mp_pipeline"}
 PAIRS = 20
 WARMUP_STEPS = 2
 EXPOSED = (
@@ -43,7 +44,9 @@ class Options:
         warmup_steps: updates before each block that are not counted.
         congestion: "equal" gives torch's sockets the congestion control that ours choose on loopback, "default" leaves
             all as they are.
-        exposed: measure how much of the communication shows; takes twice as long. Not with single.
+        exposed: measure how much of the communication shows; takes twice as long. Not with single, nor of a pipeline,
+            whose ranks cannot compute by themselves.
+        whole_batch: single computes a step's batch at once, instead of in training.micro_batches parts.
     """
 
     against: str | None = None
@@ -52,6 +55,7 @@ class Options:
     warmup_steps: int = WARMUP_STEPS
     congestion: str = "equal"
     exposed: bool = True
+    whole_batch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +144,7 @@ def measure_training(
         prefix: see run_ranks.
     """
     check_competitor(options.against)
-    check_supported(config, world_size)
-    if options.against == "fully_shard" and config.algorithm != "fsdp":
-        raise ConfigError(f"--against fully_shard is for --algorithm fsdp, not {config.algorithm}. Use ddp or single")
+    _check_match(config, world_size, options.against)
     rank_weights(config, [f"rank{rank}" for rank in range(world_size)])
     job: JsonObject = {
         "config": config.model_dump(mode="json"),
@@ -152,6 +154,7 @@ def measure_training(
         "warmup_steps": options.warmup_steps,
         "congestion": options.congestion,
         "exposed": options.exposed,
+        "whole_batch": options.whole_batch,
     }
     results = run_ranks("smolcluster.bench.train_rank", world_size, job, hosts=hosts, prefix=prefix)
     for result in results:
@@ -177,11 +180,26 @@ def check_competitor(against: str | None) -> None:
         ConfigError: with those that are.
     """
     known = f"{', '.join(COMPETITORS[:-1])} or {COMPETITORS[-1]}"
-    if against in LATER_COMPETITORS:
-        algorithm = LATER_COMPETITORS[against]
-        raise ConfigError(f"--against {against} comes with {algorithm} in a later release. Use {known}")
     if against is not None and against not in COMPETITORS:
         raise ConfigError(f"--against {against} is unknown. Use {known}")
+
+
+def _check_match(config: Config, world_size: int, against: str | None) -> None:
+    algorithm = config.algorithm
+    check_supported(config, world_size)
+    if against in _ALGORITHM_OF and algorithm != _ALGORITHM_OF[against]:
+        others = "single" if algorithm in STAGED else "ddp or single"
+        raise ConfigError(
+            f"--against {against} is for --algorithm {_ALGORITHM_OF[against]}, not {algorithm}. Use {others}"
+        )
+    if against == "ddp" and algorithm in STAGED:
+        raise ConfigError(
+            f"--against ddp: ddp gives each rank a batch of its own, {algorithm} all ranks the same one. Use single"
+        )
+    if against == "torch_pipelining":
+        from smolcluster.bench.pipelining import check_offered
+
+        check_offered(config, world_size)
 
 
 def summarise(measurement: Measurement, config: Config, world_size: int, options: Options) -> JsonObject:
@@ -209,6 +227,7 @@ def summarise(measurement: Measurement, config: Config, world_size: int, options
         "compression": config.cluster.compression,
         "backend": config.backend,
         "shared_memory": config.cluster.shared_memory,
+        "micro_batches": config.training.micro_batches,
         "congestion": measurement.congestion,
         "parameters": measurement.parameters,
         "pairs": len(pairs),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from smolcluster.algorithms.pipeline import Pipeline
 from smolcluster.bench.congestion import equalise
 from smolcluster.bench.ranks import largest, meet, read_job, say
 from smolcluster.collectives.base import Communicator
@@ -25,8 +26,9 @@ from smolcluster.config.schema import Config
 from smolcluster.data.batch import Batch
 from smolcluster.errors import SmolError
 from smolcluster.kinds import JsonObject
-from smolcluster.run.build import Parts, assemble, prepare
+from smolcluster.run.build import Assembly, Parts, assemble, prepare
 from smolcluster.run.connect import alone, join_torch
+from smolcluster.run.support import STAGED
 from smolcluster.training.step import count_targets
 from smolcluster.training.strategy import Strategy
 
@@ -41,6 +43,14 @@ BLOCK_SECONDS = 1.0
 MIN_STEPS, MAX_STEPS = 3, 500
 
 
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """Micro-batches of some steps, and how many targets each step has here."""
+
+    steps: Sequence[Sequence[Batch]]
+    tokens: Sequence[int]
+
+
 @dataclass(slots=True)
 class Contestant:
     """Somebody who trains.
@@ -48,12 +58,14 @@ class Contestant:
     Attributes:
         step: does one update; gives the loss, if the step of it is done.
         takes_part: False: this rank waits meanwhile.
+        data: its micro-batches, step by step; None: as the others'.
         steps: updates done so far; it also says which batch comes next, so that all see the same data.
         loss: of the last update.
     """
 
     step: Callable[[Sequence[Batch]], float | None]
     takes_part: bool = True
+    data: _Data | None = None
     steps: int = 0
     loss: float = field(default=math.nan)
 
@@ -93,19 +105,14 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
     parts = prepare(config, comm.rank, names, local_rank=comm.rank)
     initial = copy.deepcopy(parts.model) if parts.values is None else _whole_model(parts, names)
     ours = assemble(parts, comm)
-    with ours.loader as loader:
-        steps_of_data = [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, ours.steps))]
     contestants = {"ours": Contestant(_strategy_step(ours.strategy))}
     against = cast("str | None", job["against"])
-    with_torch = against in ("ddp", "fully_shard")
+    with_torch = against in ("ddp", "fully_shard", "torch_pipelining")
     if with_torch:
-        _add_torch(contestants, job, parts, initial, comm)
+        _add_torch(contestants, job, parts, initial, ours.strategy, comm)
     elif against == "single":
-        config_alone = config.model_copy(update={"algorithm": "single"})
-        single = replace(parts, model=copy.deepcopy(initial), values=None, config=config_alone)
-        step = _strategy_step(assemble(single, alone()).strategy)
-        contestants["against"] = Contestant(step, takes_part=comm.rank == 0)
-    blocks = _Blocks(steps_of_data, comm, parts.device, cast("int", job["warmup_steps"]))
+        contestants["against"] = _single(parts, initial, comm, whole_batch=bool(job["whole_batch"]))
+    blocks = _Blocks(_data(ours), comm, parts.device, cast("int", job["warmup_steps"]))
     for contestant in contestants.values():
         blocks.run(contestant, 1)  # connections are open and memory is there
     congestion = equalise() if job["congestion"] == "equal" else "each its own"
@@ -132,14 +139,43 @@ def _measure(job: JsonObject, config: Config, comm: Communicator) -> JsonObject:
     }
 
 
+def _single(parts: Parts, initial: torch.nn.Module, comm: Communicator, *, whole_batch: bool) -> Contestant:
+    """Rank 0 by itself, on what it computes with the others; where they divide the layers that is the whole batch."""
+    is_staged = parts.config.algorithm in STAGED
+    config = parts.config.model_copy(update={"algorithm": "single"})
+    weights = [1.0] if is_staged else parts.weights
+    by_itself = replace(parts, config=config, model=copy.deepcopy(initial), values=None, weights=weights, rank=0)
+    assembly = assemble(by_itself, alone())
+    step = _strategy_step(assembly.strategy)
+    return Contestant(
+        _on_whole_batch(step) if whole_batch else step,
+        takes_part=comm.rank == 0,
+        # Of a divided model's batch rank 0 has read the inputs only.
+        data=_data(assembly) if is_staged else None,
+    )
+
+
+def _data(assembly: Assembly) -> _Data:
+    with assembly.loader as loader:
+        steps = [list(step) for step in itertools.islice(loader, min(KEPT_STEPS, assembly.steps))]
+    return _Data(steps, [count_targets(batches) for batches in steps])
+
+
 def _whole_model(parts: Parts, names: Sequence[str]) -> torch.nn.Module:
-    """What stage 3 builds without values, with them."""
+    """What is built without values, where no rank is to hold all of it, with them."""
+    if parts.config.algorithm in (*STAGED, "ep"):
+        return prepare(parts.config.model_copy(update={"algorithm": "single"}), 0, names[:1]).model
     cluster = parts.config.cluster.model_copy(update={"fsdp_stage": 0})
     return prepare(parts.config.model_copy(update={"cluster": cluster}), parts.rank, names).model
 
 
 def _add_torch(
-    contestants: dict[str, Contestant], job: JsonObject, parts: Parts, initial: torch.nn.Module, comm: Communicator
+    contestants: dict[str, Contestant],
+    job: JsonObject,
+    parts: Parts,
+    initial: torch.nn.Module,
+    strategy: Strategy,
+    comm: Communicator,
 ) -> None:
     """torch's side; and, where exposed communication is asked for, both sides once more without communication."""
     config, against = parts.config, str(job["against"])
@@ -149,6 +185,14 @@ def _add_torch(
         rank=comm.rank,
         world_size=comm.world_size,
     )
+    if against == "torch_pipelining":
+        from smolcluster.bench.pipelining import PipeliningTraining, split_of
+
+        assert isinstance(strategy, Pipeline), "checked before any process was started"
+        split = split_of(strategy, comm)
+        pipeline = PipeliningTraining(copy.deepcopy(initial), config, parts.device, split=split)
+        contestants["against"] = Contestant(pipeline.train_step)
+        return
     make = _torch_training(against)
     contestants["against"] = Contestant(make(copy.deepcopy(initial), config, parts.device).train_step)
     if not job["exposed"]:
@@ -178,14 +222,21 @@ def _strategy_step(strategy: Strategy) -> Callable[[Sequence[Batch]], float | No
     return step
 
 
+def _on_whole_batch(
+    step: Callable[[Sequence[Batch]], float | None],
+) -> Callable[[Sequence[Batch]], float | None]:
+    def step_whole(batches: Sequence[Batch]) -> float | None:
+        inputs, targets = (torch.cat(parts) for parts in zip(*((b.inputs, b.targets) for b in batches), strict=True))
+        return step([Batch(inputs, targets, batches[0].planned_count)])
+
+    return step_whole
+
+
 class _Blocks:
     """Lets a contestant train for a while, on all ranks at the same time."""
 
-    def __init__(
-        self, steps_of_data: Sequence[Sequence[Batch]], comm: Communicator, device: torch.device, warmup_steps: int
-    ) -> None:
-        self._data = steps_of_data
-        self._tokens = [count_targets(batches) for batches in steps_of_data]
+    def __init__(self, data: _Data, comm: Communicator, device: torch.device, warmup_steps: int) -> None:
+        self._data = data
         self._comm = comm
         self._device = device
         self._warmup_steps = warmup_steps
@@ -202,13 +253,13 @@ class _Blocks:
     def _train(self, contestant: Contestant, steps: int) -> int:
         if not contestant.takes_part:
             return 0
-        tokens = 0
+        tokens, data = 0, contestant.data or self._data
         for _ in range(steps):
-            number = contestant.steps % len(self._data)
-            loss = contestant.step(self._data[number])
+            number = contestant.steps % len(data.steps)
+            loss = contestant.step(data.steps[number])
             contestant.loss = contestant.loss if loss is None else loss
             contestant.steps += 1
-            tokens += self._tokens[number]
+            tokens += data.tokens[number]
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
         return tokens

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from smolcluster.cli import bench, config, demo, export, token, train
+from smolcluster.cli import bench, config, demo, export, plan, token, train
 from smolcluster.errors import ConfigError, SmolError
 
 EXIT_INTERRUPTED = 130
@@ -32,6 +32,7 @@ app.command("demo")(demo.demo)
 app.command("export")(export.export)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
+app.add_typer(plan.app, name="plan")
 app.add_typer(token.app, name="token")
 
 

@@ -39,8 +39,9 @@ def train(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="ddp|fully_shard|single",
-            help="torch's DistributedDataParallel or, with fsdp, fully_shard over gloo, or one process by itself.",
+            metavar="ddp|fully_shard|torch_pipelining|single",
+            help="Over gloo: torch's DistributedDataParallel, with fsdp fully_shard, with mp_pipeline "
+            "torch.distributed.pipelining. Or one process by itself.",
         ),
     ] = None,
     preset: Preset = None,

@@ -182,6 +182,8 @@ class ProgressLoop:
                     self._waiting -= 1
                 takes = not self._driven and self._error is None and not finished.is_set()
                 self._driven = self._driven or takes
+                if not self._driven:  # the background thread has left the loop to this one, which needs it no more
+                    self._state.notify_all()
             if takes:
                 try:
                     self._drive(finished, deadline)

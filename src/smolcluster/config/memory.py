@@ -214,14 +214,14 @@ def machine_memory_bytes() -> int:
 def _gpt_sizes(model: ModelConfig, vocab_size: int) -> ModelSizes:
     width, ff, layers = model.model_dim, model.ff_dim, model.num_layers
     feed_forward = 2 * width * ff + ff + width
-    experts = model.num_experts * feed_forward if model.type == "moe" else 0
+    experts = model.num_experts * 3 * width * ff if model.type == "moe" else 0  # SwiGLU, without biases
     router = model.num_experts * width if model.type == "moe" else 0
     attention = 4 * width * width + 4 * width
     block = attention + 4 * width + (experts + router or feed_forward)
     parameters = (vocab_size + model.max_seq_len) * width + layers * block + 2 * width
-    active = model.top_k if model.type == "moe" else 1
     tokens, heads = model.max_seq_len, model.num_heads if model.dropout > 0 else 0
-    kept, of_one = (_kept(tokens, n, width, active * 2 * ff, vocab_size, heads) for n in (layers, 1))
+    values = model.top_k * (4 * ff + 2 * width) if model.type == "moe" else 2 * ff
+    kept, of_one = (_kept(tokens, n, width, values, vocab_size, heads) for n in (layers, 1))
     checkpointed = _checkpointed(tokens, layers, width, of_one)
     return ModelSizes(parameters, layers * experts, kept, checkpointed, block, (vocab_size * width,))
 

@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from smolcluster.kinds import Algorithm, Backend, Compression, Precision
+from smolcluster.kinds import Algorithm, Backend, Compression, PipelineSchedule, Precision
 
 LANGUAGE_MODELS = ("gpt", "moe", "hf")
 FILE_DATASETS = ("text", "jsonl", "parquet")  # read from data.path
@@ -41,7 +41,7 @@ _GPT_KEYS = frozenset(
 MODEL_KEYS = {
     "simple_nn": frozenset(("type", "input_dim", "hidden", "out", "init")),
     "gpt": _GPT_KEYS | {"hf_model_name"},
-    "moe": _GPT_KEYS | {"num_experts", "top_k", "capacity_factor", "aux_loss_weight"},
+    "moe": _GPT_KEYS | {"num_experts", "top_k", "capacity_factor", "aux_loss_weight", "z_loss_weight", "router_noise"},
     "hf": frozenset(("type", "hf_model_name", "init", "max_seq_len")),
 }
 
@@ -165,10 +165,16 @@ class ModelConfig(Section):
     """moe: experts per block, spread over the ranks by `ep`."""
     top_k: PositiveInt = 2
     """moe: experts that each token is sent to; at most `num_experts`."""
-    capacity_factor: Positive = 1.25
-    """moe: room of an expert, in multiples of an even share of the tokens; tokens beyond it pass by."""
+    capacity_factor: Positive | None = 1.25
+    """moe: room of an expert, in multiples of an even share of the tokens of a micro-batch over all ranks; in training,
+    tokens beyond it pass by. null: no limit."""
     aux_loss_weight: NonNegative = 0.01
     """moe: weight of the load-balancing loss. 0: off."""
+    z_loss_weight: NonNegative = 0.001
+    """moe: weight of the loss that keeps the router's logits small. 0: off."""
+    router_noise: NonNegative = 0.0
+    """moe: standard deviation of the noise on the router's logits in training, the same for a sample on any number of
+    ranks; for `single` and `ep`."""
 
 
 class TrainingConfig(Section):
@@ -193,8 +199,10 @@ class TrainingConfig(Section):
     micro_batches: PositiveInt = 1
     """Parts that a rank's batch is computed in, one after the other (gradient accumulation); for mp_pipeline the number
     of micro-batches in the pipeline."""
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: PipelineSchedule = "1f1b"
     """mp_pipeline: order of forward and backward passes."""
+    stages_per_rank: PositiveInt = 2
+    """mp_pipeline with schedule `interleaved`: stages that each rank has."""
     precision: Precision = "fp32"
     """Arithmetic: `fp64` and `fp32` throughout; `bf16` and `fp16` in matrix products, with fp32 weights (fp16:
     with loss scaling)."""
@@ -594,6 +602,12 @@ def _model_contradictions(config: Config) -> Iterator[Contradiction]:
         yield Contradiction(
             ("model.top_k", "model.num_experts"),
             f"{model.top_k} is more than model.num_experts {model.num_experts}",
+        )
+    if model.type == "moe" and model.router_noise > 0 and config.algorithm not in ("single", "ep"):
+        yield Contradiction(
+            ("model.router_noise", "algorithm"),
+            f"{model.router_noise} needs algorithm single or ep, which know a sample's number, not {config.algorithm}",
+            between_files=True,
         )
     if model.type == "hf" and not model.hf_model_name:
         yield Contradiction(("model.type", "model.hf_model_name"), "hf needs model.hf_model_name (id or folder)")

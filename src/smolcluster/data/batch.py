@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 # The field's own "no target here" (torch.nn.functional.cross_entropy's default ignore_index).
 NO_TARGET = -100
+
+# What a rank looks at in its batches: where layers lie on several ranks, the first one reads inputs, the last targets.
+Reads = Literal["all", "inputs", "targets", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +37,12 @@ class Batch:
     def samples(self) -> int:
         """Samples in this micro-batch."""
         return int(self.inputs.shape[0])
+
+
+def read_only(batch: Batch, reads: Reads) -> Batch:
+    """A batch of as many samples, without what is not looked at."""
+    nothing = torch.empty(batch.samples, 0)
+    inputs = batch.inputs if reads in ("all", "inputs") else nothing
+    if reads in ("all", "targets"):
+        return Batch(inputs, batch.targets, batch.planned_count, batch.graded)
+    return Batch(inputs, nothing)

@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
-from smolcluster.data.batch import Batch
+from smolcluster.data.batch import Batch, Reads, read_only
 from smolcluster.data.datasets import Dataset
-from smolcluster.data.sampler import Sampler, split_by_shares
+from smolcluster.data.sampler import Sampler, micro_ranges, split_by_shares
 from smolcluster.kinds import JsonObject
 from smolcluster.telemetry import LOADER, Telemetry
 
@@ -184,6 +185,9 @@ def sampled_steps(
     micro_batches: int = 1,
     start_step: int = 0,
     max_steps: int | None = None,
+    *,
+    micro_first: bool = False,
+    reads: Reads = "all",
 ) -> Iterator[Step]:
     """The steps of one rank over a split in memory.
 
@@ -196,16 +200,28 @@ def sampled_steps(
             are fewer, some have 0.
         start_step: number of the first step; of a resumed run the first that is not done.
         max_steps: number of steps of the whole run: the last step is max_steps - 1. None: without end.
+        micro_first: see `micro_ranges`.
+        reads: what of its samples the rank looks at.
     """
     for step in count(start_step) if max_steps is None else range(start_step, max_steps):
-        planned = dataset.targets_per_sample(sampler.global_indices(step))
-        indices = sampler.rank_indices(step, rank)
-        pieces = torch.split(indices, split_by_shares(len(indices), [1.0] * micro_batches))
+        indices = sampler.global_indices(step)
+        planned = dataset.targets_per_sample(indices) if reads in ("all", "targets") else 0
+        ranges = micro_ranges(len(indices), sampler.weights, rank, micro_batches, micro_first=micro_first)
+        pieces = [indices[part.start : part.stop] for part in ranges]
         place: JsonObject = {"step": step + 1, "samples": len(dataset)}
-        yield [Batch(*dataset.batch(piece), planned_count=planned) for piece in pieces], place
+        yield [_read(dataset, piece, planned, reads) for piece in pieces], place
 
 
-def eval_batches(dataset: Dataset, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+def _read(dataset: Dataset, indices: Tensor, planned: int, reads: Reads) -> Batch:
+    if reads == "nothing":
+        nothing = torch.empty(len(indices), 0)
+        return Batch(nothing, nothing)
+    return read_only(Batch(*dataset.batch(indices), planned_count=planned), reads)
+
+
+def eval_batches(
+    dataset: Dataset, batch_size: int, rank: int = 0, world_size: int = 1, *, reads: Reads = "all"
+) -> Iterator[Batch]:
     """The batches of one rank that, over all ranks, hold every sample of `dataset` exactly once, in order.
 
     Every rank gets the same number of batches, so that algorithms that communicate in evaluation stay in step; at
@@ -216,10 +232,14 @@ def eval_batches(dataset: Dataset, batch_size: int, rank: int = 0, world_size: i
         batch_size: most samples in one batch of one rank.
         rank: this rank.
         world_size: ranks that share the split.
+        reads: what of its samples the rank looks at.
     """
     for start in range(0, len(dataset), batch_size * world_size):
         end = min(start + batch_size * world_size, len(dataset))
         counts = split_by_shares(end - start, [1.0] * world_size)
         first = start + sum(counts[:rank])
         indices = torch.arange(first, first + counts[rank])
-        yield Batch(*dataset.batch(indices), graded=dataset.graded(indices))
+        if reads == "nothing":
+            yield _read(dataset, indices, 0, reads)
+        else:
+            yield read_only(Batch(*dataset.batch(indices), graded=dataset.graded(indices)), reads)

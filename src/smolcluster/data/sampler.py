@@ -8,6 +8,7 @@ ranks and their shares decide who computes a sample, never when; and a run that 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -101,6 +102,35 @@ def split_by_shares(count: int, weights: Sequence[float]) -> list[int]:
     for rank in by_remainder[: count - sum(counts)]:
         counts[rank] += 1
     return counts
+
+
+def micro_ranges(
+    count: int, weights: Sequence[float], rank: int, micro_batches: int, *, micro_first: bool = False
+) -> list[range]:
+    """Which of a step's samples each micro-batch of a rank takes, by their places in the step.
+
+    Args:
+        count: samples of the step.
+        weights: the ranks' relative shares.
+        rank: whose.
+        micro_batches: how many; as equal as they can be, some perhaps of 0 samples.
+        micro_first: divide the step into micro-batches and each among the ranks, so that the ranks compute the same
+            micro-batch together; else each rank divides its share.
+    """
+    even = [1.0] * micro_batches
+    if not micro_first:
+        counts = split_by_shares(count, weights)
+        return _ranges(sum(counts[:rank]), split_by_shares(counts[rank], even))
+    ranges = []
+    for whole in _ranges(0, split_by_shares(count, even)):
+        counts = split_by_shares(len(whole), weights)
+        ranges.append(_ranges(whole.start, counts)[rank])
+    return ranges
+
+
+def _ranges(start: int, lengths: Sequence[int]) -> list[range]:
+    starts = [start, *(start + sum(lengths[: number + 1]) for number in range(len(lengths)))]
+    return [range(begin, end) for begin, end in itertools.pairwise(starts)]
 
 
 def checked_global_batch(global_batch: int) -> int:

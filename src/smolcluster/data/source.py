@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from smolcluster.data.batch import Reads
 from smolcluster.data.datasets import ClassesDataset, Dataset, TextDataset
 from smolcluster.data.documents import check_splits, first_windows, split_documents, windows_of, with_text
 from smolcluster.data.files import ENDS, checked_path, kind_of, open_rows, read_text
@@ -65,6 +66,8 @@ class TrainingData(Protocol):
         micro_batches: int = 1,
         start: JsonObject | None = None,
         max_steps: int | None = None,
+        micro_first: bool = False,
+        reads: Reads = "all",
     ) -> BatchLoader:
         """The steps of one rank, to be closed.
 
@@ -76,6 +79,8 @@ class TrainingData(Protocol):
             micro_batches: parts that a step's samples are split into.
             start: the `position()` of the loader that the run goes on from, of whatever rank; None: the beginning.
             max_steps: number of steps of the whole run. None: without end.
+            micro_first: the ranks compute the same micro-batch together; see `micro_ranges`.
+            reads: what of its samples the rank looks at.
 
         Raises:
             CheckpointError: `start` is no position in this data.
@@ -115,6 +120,8 @@ class MemoryData:
         micro_batches: int = 1,
         start: JsonObject | None = None,
         max_steps: int | None = None,
+        micro_first: bool = False,
+        reads: Reads = "all",
     ) -> BatchLoader:
         """See TrainingData."""
         position: JsonObject = {"step": 0, "samples": len(self.train)} if start is None else start
@@ -134,7 +141,9 @@ class MemoryData:
             sampler = Sampler(len(self.train), global_batch, seed, shares)
             first = place["step"]
             assert isinstance(first, int), "a position of this loader"
-            return sampled_steps(self.train, sampler, rank, micro_batches, first, max_steps)
+            return sampled_steps(
+                self.train, sampler, rank, micro_batches, first, max_steps, micro_first=micro_first, reads=reads
+            )
 
         return BatchLoader(steps_from, weights, position, rank, global_batch)
 
@@ -167,6 +176,8 @@ class StreamedData:
         micro_batches: int = 1,
         start: JsonObject | None = None,
         max_steps: int | None = None,
+        micro_first: bool = False,
+        reads: Reads = "all",
     ) -> BatchLoader:
         """See TrainingData."""
         place = self._stream.start() if start is None else self._stream.place(start)
@@ -174,7 +185,18 @@ class StreamedData:
 
         def steps_from(position: JsonObject, shares: Sequence[float]) -> Iterator[Step]:
             begin, parts = self._stream.place(position), checked_weights(shares)
-            return streamed_steps(self._stream, batch, seed, parts, rank, micro_batches, begin, max_steps)
+            return streamed_steps(
+                self._stream,
+                batch,
+                seed,
+                parts,
+                rank,
+                micro_batches,
+                begin,
+                max_steps,
+                micro_first=micro_first,
+                reads=reads,
+            )
 
         return BatchLoader(steps_from, weights, place.to_json(), rank, global_batch)
 

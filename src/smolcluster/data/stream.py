@@ -21,12 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smolcluster.data.batch import Batch
+from smolcluster.data.batch import Batch, Reads, read_only
 from smolcluster.data.datasets import WindowsDataset
 from smolcluster.data.documents import count_windows, first_windows, is_held_out, windows_of
 from smolcluster.data.loader import Step
 from smolcluster.data.rows import RowSource
-from smolcluster.data.sampler import seeded_permutation, split_by_shares
+from smolcluster.data.sampler import micro_ranges, seeded_permutation
 from smolcluster.data.tokenizer import Tokenizer
 from smolcluster.errors import CheckpointError, DataError
 from smolcluster.kinds import JsonObject
@@ -186,6 +186,9 @@ def streamed_steps(
     micro_batches: int = 1,
     start: Place | None = None,
     max_steps: int | None = None,
+    *,
+    micro_first: bool = False,
+    reads: Reads = "all",
 ) -> Iterator[Step]:
     """The steps of one rank.
 
@@ -198,6 +201,8 @@ def streamed_steps(
         micro_batches: parts that a step's samples are split into, as equal as they can be; the same number always.
         start: where to go on; None: at the beginning.
         max_steps: number of steps of the whole run. None: without end.
+        micro_first: see `micro_ranges`.
+        reads: what of its samples the rank looks at.
 
     Raises:
         DataError: a row cannot be read, or there is nothing to train on.
@@ -207,13 +212,9 @@ def streamed_steps(
         _places(stream, global_batch, seed, place), None if max_steps is None else max(0, max_steps - place.step)
     ):
         planned = sum(windows.targets_per_sample(indices) for windows, indices in segments)
-        counts = split_by_shares(sum(len(indices) for _, indices in segments), weights)
-        parts = split_by_shares(counts[rank], [1.0] * micro_batches)
-        begin = sum(counts[:rank])
-        batches = []
-        for samples in parts:
-            batches.append(_batch(_cut(segments, begin, begin + samples), planned))
-            begin += samples
+        total = sum(len(indices) for _, indices in segments)
+        parts = micro_ranges(total, weights, rank, micro_batches, micro_first=micro_first)
+        batches = [read_only(_batch(_cut(segments, part.start, part.stop), planned), reads) for part in parts]
         yield batches, after.to_json()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from smolcluster.models.folder import model_folder
 from smolcluster.models.gpt import GPT, GPTConfig
 from smolcluster.models.gpt2 import gpt2_config, load_gpt2
 from smolcluster.models.hf import build_hf
+from smolcluster.models.moe import MoE, MoEConfig
 from smolcluster.models.simple_nn import SimpleNN
 from smolcluster.models.user import build_user_model
 
@@ -82,13 +84,15 @@ def _build(
     if config.type == "gpt":
         if config.init == "pretrained":
             return _published_gpt(config, vocab_size, with_weights)
-        return GPT(_gpt_config(config, vocab_size), seed=seed)
+        return GPT(GPTConfig(**_gpt_sizes(config, vocab_size)), seed=seed)
+    if config.type == "moe":
+        return MoE(_moe_config(config, vocab_size), seed=seed)
     if config.type == "hf":
         return build_hf(config, seed=seed, vocab_size=vocab_size, with_weights=with_weights)
     if ":" in config.type:
         return build_user_model(config, seed=seed, vocab_size=vocab_size, num_classes=num_classes)
     raise ConfigError(
-        f"model.type {config.type} comes in a later release; this one has simple_nn, gpt, hf and "
+        f"model.type {config.type} is unknown. Set it to simple_nn, gpt, moe, hf, or "
         "package.module:ClassName of your own"
     )
 
@@ -110,7 +114,19 @@ def _published_gpt(config: ModelConfig, vocab_size: int | None, with_weights: bo
     return load_gpt2(folder, config.dropout) if with_weights else GPT(sizes)
 
 
-def _gpt_config(config: ModelConfig, vocab_size: int | None) -> GPTConfig:
+def _moe_config(config: ModelConfig, vocab_size: int | None) -> MoEConfig:
+    return MoEConfig(
+        **_gpt_sizes(config, vocab_size),
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        capacity_factor=config.capacity_factor,
+        aux_loss_weight=config.aux_loss_weight,
+        z_loss_weight=config.z_loss_weight,
+        router_noise=config.router_noise,
+    )
+
+
+def _gpt_sizes(config: ModelConfig, vocab_size: int | None) -> dict[str, Any]:
     chosen = vocab_size if config.vocab_size is None else config.vocab_size
     if chosen is None:
         raise ConfigError("model.vocab_size is not set and there is no tokenizer to take it from. Set it")
@@ -119,12 +135,12 @@ def _gpt_config(config: ModelConfig, vocab_size: int | None) -> GPTConfig:
             f"model.vocab_size is {chosen}, but the tokenizer has {vocab_size} ids. Set model.vocab_size={vocab_size}, "
             "or leave it out"
         )
-    return GPTConfig(
-        vocab_size=chosen,
-        model_dim=config.model_dim,
-        num_layers=config.num_layers,
-        num_heads=config.num_heads,
-        ff_dim=config.ff_dim,
-        dropout=config.dropout,
-        max_seq_len=config.max_seq_len,
-    )
+    return {
+        "vocab_size": chosen,
+        "model_dim": config.model_dim,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "ff_dim": config.ff_dim,
+        "dropout": config.dropout,
+        "max_seq_len": config.max_seq_len,
+    }

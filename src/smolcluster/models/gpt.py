@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.models.init import InitRule, init_parameters
 from smolcluster.models.sampling import sample_tokens
+from smolcluster.models.stage import Layers
 
 NORM_EPS = 1e-5  # GPT-2's; another value gives other logits from the same weights
 # GPT-2's. With a tied head, torch's default of 1 for embeddings makes denormals, and a CPU step 12 times slower.
@@ -172,6 +173,14 @@ class GPT(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """(B, T) ids to (B, T, D): all but the head, which costs the most where the vocabulary is large."""
+        x_BTD = self.embed(tokens_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        out_BTD: Tensor = self.norm(x_BTD)
+        return out_BTD
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """(B, T) ids to (B, T, D): tokens and positions."""
         time = tokens_BT.shape[1]
         if time > self.config.max_seq_len:
             raise ConfigError(
@@ -179,15 +188,28 @@ class GPT(nn.Module):
                 "Cut it, or train with a larger model.max_seq_len"
             )
         positions_T = torch.arange(time, device=tokens_BT.device)
-        x_BTD = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        out_BTD: Tensor = self.norm(x_BTD)
-        return out_BTD
+        x_BTD: Tensor = self.dropout(self.token_embedding(tokens_BT) + self.position_embedding(positions_T))
+        return x_BTD
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """(..., D) to logits (..., V), with the token embedding as the matrix: the weights are tied."""
         return F.linear(x_BTD, self.token_embedding.weight)
+
+    def layers(self) -> Layers:
+        """See models/stage.py."""
+        blocks = tuple(f"blocks.{index}" for index in range(self.config.num_layers))
+        return Layers(("token_embedding", "position_embedding"), blocks, ("norm", "token_embedding"))
+
+    def forward_layers(self, x: Tensor, layers: range) -> Tensor:
+        """(B, T) ids or (B, T, D) to (B, T, D) or logits (B, T, V); see models/stage.py."""
+        for layer in layers:
+            if layer == 0:
+                x = self.embed(x)
+            elif layer <= self.config.num_layers:
+                x = self.blocks[layer - 1](x)
+            else:
+                x = self.head(self.norm(x))
+        return x
 
     def generate(
         self,

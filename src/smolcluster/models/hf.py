@@ -23,8 +23,10 @@ from smolcluster.config.schema import ModelConfig
 from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.hub import first_line, import_extra, quiet_transformers
 from smolcluster.models.folder import load_tensors, model_folder, weight_files
+from smolcluster.models.hf_layers import find_layers, run_layers
 from smolcluster.models.init import named_seed
 from smolcluster.models.sampling import sample_tokens
+from smolcluster.models.stage import Layers
 
 # What transformers raises for a config.json or weights that it can do nothing with.
 _REFUSALS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
@@ -55,8 +57,15 @@ class HFModel(nn.Module):
             if hasattr(part, _ADVICE):
                 setattr(part, _ADVICE, _say_nothing)
         self.max_seq_len = max_seq_len
+        self._layers: Layers | None = None
 
     inner: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a part is replaced in transformers' model too, which is the one that computes."""
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and name in self.inner._modules:
+            setattr(self.inner, name, value)
 
     def train(self, mode: bool = True) -> HFModel:
         """Switch to training or evaluation; also the model that is no part of this one."""
@@ -75,13 +84,29 @@ class HFModel(nn.Module):
         Raises:
             ConfigError: T is more than the model takes.
         """
+        self._check_length(tokens)
+        logits: Tensor = self.inner(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    def _check_length(self, tokens: Tensor) -> None:
         if self.max_seq_len is not None and tokens.shape[1] > self.max_seq_len:
             raise ConfigError(
                 f"a sequence of {tokens.shape[1]} tokens is longer than the model's limit of {self.max_seq_len}. "
                 "Set a smaller model.max_seq_len"
             )
-        logits: Tensor = self.inner(input_ids=tokens, use_cache=False).logits
-        return logits
+
+    def layers(self) -> Layers:
+        """See models/stage.py."""
+        if self._layers is None:
+            with _TURN, quiet_transformers():
+                self._layers = find_layers(self, self.inner)
+        return self._layers
+
+    def forward_layers(self, x: Tensor, layers: range) -> Tensor:
+        """(B, T) ids or (B, T, D) to (B, T, D) or logits (B, T, V); see models/stage.py."""
+        if layers.start == 0:
+            self._check_length(x)
+        return run_layers(self.inner, self.layers(), x, layers)
 
     def generate(
         self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0

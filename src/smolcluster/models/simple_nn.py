@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from smolcluster.errors import ConfigError
 from smolcluster.models.init import InitRule, init_parameters
+from smolcluster.models.stage import Layers
 
 
 class SimpleNN(nn.Module):
@@ -44,11 +45,26 @@ class SimpleNN(nn.Module):
         Raises:
             ConfigError: a sample has not `input_dim` values.
         """
+        return self.forward_layers(inputs, range(3))
+
+    def layers(self) -> Layers:
+        """See models/stage.py; the entry flattens and has no parameters."""
+        return Layers((), ("hidden",), ("out",))
+
+    def forward_layers(self, x: Tensor, layers: range) -> Tensor:
+        """(B, ...), (B, input_dim) or (B, hidden) to the next of these or logits (B, out); see models/stage.py."""
+        for layer in layers:
+            x = (self._flatten, self._hide, self.out)[layer](x)
+        return x
+
+    def _hide(self, x: Tensor) -> Tensor:
+        return torch.relu(self.hidden(x))
+
+    def _flatten(self, inputs: Tensor) -> Tensor:
         x = inputs.flatten(1)
         if x.shape[1] != self.input_dim:
             raise ConfigError(
                 f"a sample of shape {tuple(inputs.shape[1:])} has {x.shape[1]} values, but model.input_dim is "
                 f"{self.input_dim}. Set model.input_dim={x.shape[1]}, or choose another data.dataset"
             )
-        logits: Tensor = self.out(torch.relu(self.hidden(x)))
-        return logits
+        return x

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.edp import EdpServer, EdpWorker
+from smolcluster.algorithms.expert_parallel import ExpertParallel
 from smolcluster.algorithms.fsdp import FSDP
+from smolcluster.algorithms.model_parallel import ModelParallel
+from smolcluster.algorithms.pipeline import Pipeline
 from smolcluster.algorithms.single import Single
 from smolcluster.algorithms.syncps import SyncPsServer, SyncPsWorker
 from smolcluster.checkpoint.state import StateReader
@@ -25,6 +29,7 @@ from smolcluster.config.schema import (
     resolved_staleness_bound,
     total_steps,
 )
+from smolcluster.data.batch import Reads
 from smolcluster.data.leases import SamplePool, range_indices
 from smolcluster.data.loader import BatchLoader, eval_batches
 from smolcluster.data.sampler import Sampler
@@ -36,7 +41,8 @@ from smolcluster.models.build import build_model
 from smolcluster.models.checkpointing import checkpoint_activations
 from smolcluster.models.partition import Unit
 from smolcluster.models.source import model_source
-from smolcluster.run.support import check_supported, computing_ranks, rank_weights
+from smolcluster.run.layers import blocks_per_rank, decide_split, describe_split
+from smolcluster.run.support import STAGED, check_supported, rank_weights, sharing_ranks
 from smolcluster.training.optim import OptimizerFactory, optimizer_factory
 from smolcluster.training.rng import load_rng_state
 from smolcluster.training.schedule import LrSchedule, lr_schedule
@@ -44,6 +50,8 @@ from smolcluster.training.server import Rule
 from smolcluster.training.shares import ShareBalancer, WorkerShares
 from smolcluster.training.strategy import Strategy
 from smolcluster.training.trainer import Progress, Trainer
+
+logger = logging.getLogger(__name__)
 
 # Updates of a run that ends with its samples.
 NO_LIMIT = 1 << 62
@@ -64,6 +72,7 @@ class Parts:
         weights: the relative shares of it of the ranks that compute, in rank order.
         device: where this rank computes.
         values: the parameters of a unit of the model, where they are on the meta device; None: they are not.
+        blocks: how many of the model's blocks each rank gets, where layers are divided; None: by cost.
     """
 
     config: Config
@@ -74,6 +83,7 @@ class Parts:
     weights: Sequence[float]
     device: torch.device
     values: Callable[[Unit], Mapping[str, Tensor]] | None = None
+    blocks: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,7 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
     seed = config.cluster.seed
     sizes = {"vocab_size": data.vocab_size, "num_classes": data.num_classes}
     # Where no rank is to hold the whole model, it begins without values; a user's own class has to be built whole.
-    is_divided = config.algorithm == "fsdp" and config.cluster.fsdp_stage == 3
+    is_divided = config.algorithm in (*STAGED, "ep") or (config.algorithm == "fsdp" and config.cluster.fsdp_stage == 3)
     source = model_source(config.model, seed=seed, **sizes) if is_divided else None
     try:
         model = build_model(config.model, seed=seed, **sizes) if source is None else source.build()
@@ -146,13 +156,15 @@ def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0
         raise ConfigError("the model does not fit into this machine's memory. Make the sizes of model smaller") from exc
     if config.training.activation_checkpointing:
         checkpoint_activations(model)
-    global_batch = resolved_batch_size(config) * computing_ranks(config, len(names))
+    global_batch = resolved_batch_size(config) * sharing_ranks(config, len(names))
     _steps(config, data, global_batch)  # a stream is counted here, where nobody waits for this rank
     # Dropout: other masks on every rank, the same in every run.
     torch.manual_seed(seed + rank)
     spare_collector()
     weights = rank_weights(config, list(names))
-    return Parts(config, rank, data, model, global_batch, weights, device, None if source is None else source.values)
+    values = None if source is None else source.values
+    blocks = blocks_per_rank(config, names) if config.algorithm in STAGED else None
+    return Parts(config, rank, data, model, global_batch, weights, device, values, blocks)
 
 
 def assemble(
@@ -162,6 +174,7 @@ def assemble(
     save: Save | None = None,
     start: Start | None = None,
     skip_nonfinite: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Assembly:
     """Make strategy and trainer. All ranks call it; it may broadcast the weights.
 
@@ -171,6 +184,7 @@ def assemble(
         save: called on every rank when a checkpoint is due; None: there are none.
         start: where to go on; None: at the beginning.
         skip_nonfinite: pass over updates that are not finite instead of stopping.
+        say: shows the user a line; None: nobody looks.
 
     Raises:
         CheckpointError: `start` is of another model.
@@ -180,27 +194,36 @@ def assemble(
     global_batch = parts.global_batch if start is None else start.global_batch
     steps = _steps(config, parts.data, global_batch)
     optimizers: list[torch.optim.Optimizer] = []
-    strategy = _strategy(parts, steps, comm, _remembering(_optimizer_factory(config), optimizers), skip_nonfinite)
+    strategy = _strategy(parts, steps, comm, _remembering(_optimizer_factory(config), optimizers), skip_nonfinite, say)
     if start is not None:
         strategy.load_state(start.state)
         load_rng_state(start.state, rank, world_size, parts.device, config.cluster.seed)
+    is_staged = config.algorithm in STAGED
+    # Where layers are divided all ranks compute the same samples, and look at what their layers need of them.
+    share, weights = (0, [1.0]) if is_staged else (rank, parts.weights)
+    reads = _reads(rank, world_size) if is_staged else "all"
     loader = parts.data.loader(
-        rank,
-        parts.weights,
+        share,
+        weights,
         global_batch=global_batch,
         seed=config.cluster.seed,
         micro_batches=config.training.micro_batches,
         start=None if start is None else start.position,
         max_steps=steps,
+        # Experts compute the tokens of all ranks at once, so the ranks have to be at the same micro-batch.
+        micro_first=config.algorithm == "ep",
+        reads=reads,
     )
     loader.telemetry = comm.telemetry
-    is_auto = config.cluster.shares == "auto" and config.algorithm != "single"
+    is_auto = config.cluster.shares == "auto" and config.algorithm != "single" and not is_staged
     trainer = Trainer(
         strategy,
         loader,
         steps,
         balance=ShareBalancer(comm, loader).after_step if is_auto else None,
-        eval_batches=lambda: eval_batches(parts.data.validation, resolved_batch_size(config), rank, world_size),
+        eval_batches=lambda: eval_batches(
+            parts.data.validation, resolved_batch_size(config), share, len(weights), reads=reads
+        ),
         eval_steps=config.training.eval_steps,
         checkpoint=None if save is None else lambda progress: save(strategy, loader, progress),
         checkpoint_steps=config.checkpoint.steps,
@@ -337,7 +360,12 @@ def _steps(config: Config, data: TrainingData, global_batch: int) -> int:
 
 
 def _strategy(
-    parts: Parts, steps: int, comm: Communicator, optimizers: OptimizerFactory, skip_nonfinite: bool
+    parts: Parts,
+    steps: int,
+    comm: Communicator,
+    optimizers: OptimizerFactory,
+    skip_nonfinite: bool,
+    say: Callable[[str], None] | None,
 ) -> Strategy:
     config = parts.config
     training, cluster = config.training, config.cluster
@@ -370,6 +398,48 @@ def _strategy(
             skip_nonfinite=skip_nonfinite,
             values=parts.values,
         )
+    if config.algorithm == "ep":
+        return ExpertParallel(
+            parts.model,
+            optimizers,
+            comm,
+            staleness_bound=resolved_staleness_bound(config) or 0,
+            compression=cluster.compression,
+            grad_clip_norm=training.grad_clip_norm,
+            lr_schedule=schedule,
+            precision=training.precision,
+            device=parts.device,
+            bucket_bytes=cluster.bucket_bytes,
+            skip_nonfinite=skip_nonfinite,
+            values=parts.values,
+        )
+    if config.algorithm in STAGED:
+        split = decide_split(
+            config,
+            parts.model,
+            parts.data,
+            comm,
+            blocks=parts.blocks,
+            speeds=parts.weights,
+            device=parts.device,
+        )
+        layers = describe_split(split, parts.model, comm.world_size)
+        logger.info("layers %s", layers)
+        if say is not None:
+            say(layers)
+        arguments: dict[str, Any] = {
+            "split": split,
+            "staleness_bound": resolved_staleness_bound(config) or 0,
+            "grad_clip_norm": training.grad_clip_norm,
+            "lr_schedule": schedule,
+            "precision": training.precision,
+            "device": parts.device,
+            "skip_nonfinite": skip_nonfinite,
+            "values": parts.values,
+        }
+        if config.algorithm == "mp":
+            return ModelParallel(parts.model, optimizers, comm, **arguments)
+        return Pipeline(parts.model, optimizers, comm, schedule=training.schedule, **arguments)
     if config.algorithm != "classicdp":
         raise ConfigError(f"algorithm {config.algorithm} is not one of ranks that are all alike. Use smolcluster train")
     return ClassicDP(
@@ -385,6 +455,13 @@ def _strategy(
         bucket_bytes=cluster.bucket_bytes,
         skip_nonfinite=skip_nonfinite,
     )
+
+
+def _reads(rank: int, world_size: int) -> Reads:
+    """What the layers of a rank need of a batch: the first rank's inputs, the last one's targets."""
+    if world_size == 1:
+        return "all"
+    return "inputs" if rank == 0 else "targets" if rank == world_size - 1 else "nothing"
 
 
 def _optimizer_factory(config: Config) -> OptimizerFactory:

@@ -290,6 +290,7 @@ class _NodeRun:
                 trace=folder.trace if folder is not None and self._options.trace else None,
                 name=self._names[self._rank],
                 deliver=mail.deliver,
+                say=self._options.reporter.note if folder is not None else None,
             )
         trained.set()
         if world is not None:

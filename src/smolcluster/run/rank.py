@@ -178,11 +178,12 @@ class _Rank:
                 trace=start.trace if start.rank == 0 else None,
                 name=start.names[start.rank],
                 deliver=lambda _comm: self._link.deliver(),
+                say=self._say if start.rank == 0 else None,
             )
         except Exception as error:  # noqa: BLE001 - told to the parent and to the other ranks
             return self._fail(error, world, comm)
         if result.note is not None:
-            self._link.tell({"event": "note", "text": result.note})
+            self._say(result.note)
         if start.rank == 0:
             self._link.tell({"event": "result", "run": result.run, "ranks": [*result.ranks], "stopped": result.stopped})
         comm.close()
@@ -272,6 +273,9 @@ class _Rank:
         assert start.init_file is not None
         method, patience = Path(start.init_file).absolute().as_uri(), start.config.cluster.patience
         return None, join_torch(start.config.backend, start.rank, start.world_size, method, patience)
+
+    def _say(self, text: str) -> None:
+        self._link.tell({"event": "note", "text": text})
 
     def _tell_of_loss(self, error: SmolError) -> None:
         """At once, on the thread that notices it: this rank may compute for long before it needs the lost one."""

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, Validatio
 from smolcluster.config.schema import Config
 from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.kinds import Algorithm
-from smolcluster.run.support import computing_ranks
+from smolcluster.run.support import sharing_ranks
 
 RUNS = Path("runs")
 LATEST = "latest"
@@ -154,7 +154,7 @@ def out_of(point: ResumePoint, out: Path | None) -> Path:
 def batch_note(point: ResumePoint, config: Config, batch_size: int, world_size: int) -> str | None:
     """What to say where the global batch of the files is not the one that is kept."""
     before = point.meta
-    computing = 1 if config.algorithm == "single" else computing_ranks(config, world_size)
+    computing = 1 if config.algorithm == "single" else sharing_ranks(config, world_size)
     if batch_size * computing == before.global_batch:
         return None
     return (

@@ -26,6 +26,7 @@ from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.trace import OptimizerSpans, RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
 from smolcluster.run.resume import RunMeta, RunProgress
+from smolcluster.run.support import STAGED
 from smolcluster.training.rng import rng_state
 from smolcluster.training.role import RunContext, TrainerRole
 from smolcluster.training.strategy import DividesModel, Strategy
@@ -62,6 +63,7 @@ def run_rank(
     trace: Path | None = None,
     name: str | None = None,
     deliver: Callable[[Communicator], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> RankResult:
     """Train to the end and exchange the results. Blocks; every rank calls it.
 
@@ -76,6 +78,7 @@ def run_rank(
         name: of this rank's machine, for the trace.
         deliver: brings the rows so far to the disk, so that no checkpoint is ahead of them. Called before each one and
             when training has ended, on every rank at the same point: it may communicate.
+        say: rank 0: shows the user a line, such as which rank has which layers.
     """
     checkpoint = None if resume is None else open_checkpoint(resume)
     if checkpoint is not None and checkpoints is not None and checkpoint.path.parent.resolve() == checkpoints.resolve():
@@ -94,6 +97,7 @@ def run_rank(
         save=None if saver is None else saver.save,
         start=None if reader is None or meta is None else _start(reader, meta, comm),
         skip_nonfinite=skip_nonfinite,
+        say=say,
     )
     (optimizer,) = assembly.optimizers
     cluster = parts.config.cluster
@@ -208,6 +212,8 @@ def _start(reader: SharedReader, meta: RunMeta, comm: Communicator) -> Start:
     rank_samples = [0] * comm.world_size
     for rank, samples in enumerate(meta.rank_samples):
         rank_samples[rank if rank < comm.world_size else 0] += samples
+    if meta.config.algorithm in STAGED:  # all ranks computed the same ones
+        rank_samples = [meta.progress.samples] * comm.world_size
     progress = Progress(**meta.progress.model_dump() | {"rank_samples": rank_samples[comm.rank]})
     return Start(reader, progress, meta.global_batch, meta.position)
 

@@ -12,9 +12,10 @@ from smolcluster.transport.tcp import TcpOptions
 
 # Carrier-grade NAT, which Tailscale uses, and the range for measuring networks: nobody routes them.
 _OWN_NETWORKS = (ipaddress.IPv4Network("100.64.0.0/10"), ipaddress.IPv4Network("198.18.0.0/15"))
-ALGORITHMS = ("single", "classicdp", "fsdp", "syncps", "edp")
 # A server that computes nothing, and workers that come and go.
 PARAMETER_SERVERS = ("syncps", "edp")
+# Ranks that hold consecutive layers of the model, and all compute the same batch.
+STAGED = ("mp", "mp_pipeline")
 
 
 def check_supported(config: Config, world_size: int) -> None:
@@ -27,8 +28,6 @@ def check_supported(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: names the key, and what there is.
     """
-    if config.algorithm not in ALGORITHMS:
-        raise ConfigError(f"algorithm {config.algorithm} comes in a later release; available: {', '.join(ALGORITHMS)}")
     if config.algorithm == "single" and world_size != 1:
         raise ConfigError(
             f"algorithm single is one process, but {world_size} ranks are asked for. Leave out --local, or choose "
@@ -36,6 +35,21 @@ def check_supported(config: Config, world_size: int) -> None:
         )
     if config.algorithm in PARAMETER_SERVERS:
         _check_parameter_server(config, world_size)
+    if config.algorithm == "ep" and config.model.type != "moe":
+        raise ConfigError(
+            f"algorithm ep divides experts, and model.type {config.model.type} has none. Set model.type to moe, or "
+            "choose another algorithm"
+        )
+    if config.algorithm in STAGED and config.model.type == "moe":
+        raise ConfigError(
+            f"model.type moe is not cut into layers: its balancing loss is one of all layers. Choose algorithm ep "
+            f"instead of {config.algorithm}"
+        )
+    if config.algorithm in STAGED and config.cluster.compression != "none":
+        raise ConfigError(
+            f"cluster.compression {config.cluster.compression} encodes gradients that are summed over ranks; with "
+            f"algorithm {config.algorithm} none are. Set it to none"
+        )
     if config.algorithm != "single":  # which has no cluster: so one file serves both sides of a comparison
         if config.algorithm not in PARAMETER_SERVERS and min_ranks(config, world_size) < world_size:
             raise ConfigError(
@@ -81,8 +95,13 @@ def computing_ranks(config: Config, world_size: int) -> int:
     return world_size - 1 if config.algorithm in PARAMETER_SERVERS else world_size
 
 
+def sharing_ranks(config: Config, world_size: int) -> int:
+    """How many ranks a step's samples are divided among."""
+    return 1 if config.algorithm in STAGED else computing_ranks(config, world_size)
+
+
 def rank_weights(config: Config, names: list[str]) -> list[float]:
-    """The relative shares of the global batch of those ranks that compute, in rank order.
+    """The relative shares of the global batch (mp, mp_pipeline: the speeds) of the ranks that compute, in rank order.
 
     Args:
         config: `cluster.shares` decides.
@@ -169,7 +188,7 @@ def shared_options(config: Config) -> dict[str, str]:
     keys["algorithm"] = values["algorithm"]
     for key in (
         "seed", "staleness_bound", "fsdp_stage", "patience", "shares", "compression", "bucket_bytes", "min_ranks",
-        "tls", "timeout", "worker_update_interval",
+        "tls", "timeout", "worker_update_interval", "layer_distribution",
     ):  # fmt: skip
         keys[f"cluster.{key}"] = values["cluster"][key]
     return {key: str(value) for key, value in keys.items()}

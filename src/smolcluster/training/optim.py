@@ -82,9 +82,22 @@ def load_optimizer_state(
         slots.setdefault(name, {})[slot] = value.item() if is_number else value
     if not slots:
         return
+    set_optimizer_state(optimizer, params, slots)
+
+
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, nn.Parameter], slots: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Let the optimizer remember these things.
+
+    Args:
+        optimizer: before its first step. What it steps besides `params` has nothing to remember.
+        params: by name.
+        slots: of each parameter, by its name; what it does not remember is left out.
+    """
     names = {id(param): name for name, param in params.items()}
     packed = optimizer.state_dict()
     # The optimizer counts its parameters from 0, group by group. It moves what it is given to their devices itself.
-    order = [names[id(param)] for group in optimizer.param_groups for param in group["params"]]
-    packed["state"] = {index: slots[name] for index, name in enumerate(order) if name in slots}
+    order = [names.get(id(param), "") for group in optimizer.param_groups for param in group["params"]]
+    packed["state"] = {number: dict(slots[name]) for number, name in enumerate(order) if name in slots}
     optimizer.load_state_dict(packed)

@@ -7,7 +7,6 @@ whole. So a checkpoint of N ranks is read by M, and one of `fsdp` by `classicdp`
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,12 @@ from smolcluster.collectives.gather import ShardedParameters
 from smolcluster.collectives.rows import RowWeight
 from smolcluster.collectives.scatter import ShardedGradients, StepShards
 from smolcluster.collectives.shards import Bucket, Described, Piece, divide_table, plan_shards
-from smolcluster.errors import CheckpointError, CollectiveMismatch, ConfigError
+from smolcluster.errors import CollectiveMismatch, ConfigError
 from smolcluster.kinds import Precision
 from smolcluster.models.partition import Unit
-from smolcluster.training.step import AUTOCAST_DTYPES, SCALER, LossScaler, Shard, StateReader
+from smolcluster.training.optim import set_optimizer_state
+from smolcluster.training.restore import check_dtype, check_names, check_shape, slot_value, slots_of
+from smolcluster.training.step import AUTOCAST_DTYPES, SCALER, LossScaler, Shard, StateReader, squares_of
 
 # Modules whose matrices autocast casts in every forward: those may be gathered in half precision.
 _CAST_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -225,20 +226,15 @@ class StepAgreement:
     has_grad: list[bool]
 
 
-def squares_of(pieces: Sequence[Piece], grads: Sequence[Tensor], shards: ShardedParameters) -> list[float]:
+def piece_squares(pieces: Sequence[Piece], grads: Sequence[Tensor], shards: ShardedParameters) -> list[float]:
     """Of each parameter the square of the norm of this rank's piece of its gradient; blocks.
 
     Where every rank owns all, each brings in its part of the square: over all ranks it is the whole one again.
     """
     owners = 1 if shards.is_divided else shards.comm.world_size
     squares = [0.0] * len(shards.params)
-    # A norm in the gradient's own half precision would have two or three digits.
-    norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads]) if grads else ()
-    # One wait for the device, not one per piece. Apple's MPS has no float64.
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    values = torch.stack([norm.to(widest) for norm in norms]).tolist() if norms else []
-    for piece, norm in zip(pieces, values, strict=True):
-        squares[piece.index] = norm * norm / owners
+    for piece, square in zip(pieces, squares_of(grads), strict=True):
+        squares[piece.index] = square / owners
     return squares
 
 
@@ -377,24 +373,20 @@ def load_sharded_state(
     """
     shapes = _shapes(shards)
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in {*names, *aliases}}
-    _check_names(set(reader.names("model/")), {f"model/{name}" for name in (*names, *aliases, *buffers)})
+    check_names(reader, {*names, *aliases, *buffers})
     for name, tensor in buffers.items():
-        _check_shape(reader, name, tuple(tensor.shape))
+        check_shape(reader, name, tuple(tensor.shape))
         tensor.copy_(reader.read(f"model/{name}"))
     pieces = {piece.index: piece for piece in shards.pieces}
-    slots = _slots(reader)
+    slots = slots_of(reader)
     states: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(names):
-        _check_shape(reader, name, tuple(shapes[index]))
+        check_shape(reader, name, tuple(shapes[index]))
         piece = pieces.get(index)
         start, count = (0, 0) if piece is None else (piece.offset, piece.param.numel())
         values = reader.read_slice(f"model/{name}", start, count)
         if piece is not None:
-            if values.dtype != piece.param.dtype:
-                raise CheckpointError(
-                    f"the checkpoint is of another precision: {name} is {values.dtype} there, {piece.param.dtype} "
-                    "here. Resume with its settings"
-                )
+            check_dtype(name, values, piece.param)
             with torch.no_grad():
                 piece.param.view(-1).copy_(values)
         for slot in slots.get(name, ()):
@@ -403,17 +395,12 @@ def load_sharded_state(
                 value: Any = reader.read_slice(full, start, count)
                 value = value if piece is None else value.view(piece.param.shape)
             else:
-                value = reader.read(full)
-                is_number = value.dim() == 0 and value.dtype == torch.float64 and shapes[index].numel() != 1
-                value = value.item() if is_number else value
+                value = slot_value(reader.read(full), tuple(shapes[index]))
             if piece is not None:
                 states.setdefault(index, {})[slot] = value
     if slots:
-        packed = optimizer.state_dict()
-        index_of = {id(piece.param): piece.index for piece in shards.pieces}
-        order = [index_of.get(id(param)) for group in optimizer.param_groups for param in group["params"]]
-        packed["state"] = {number: states[i] for number, i in enumerate(order) if i is not None and i in states}
-        optimizer.load_state_dict(packed)
+        by_name = {names[piece.index]: piece.param for piece in shards.pieces}
+        set_optimizer_state(optimizer, by_name, {names[index]: state for index, state in states.items()})
     if scaler is not None:
         scaler.load_state(reader)
 
@@ -508,28 +495,3 @@ def shape_of(shards: ShardedParameters, piece: Piece) -> tuple[int, ...]:
 
 def _shapes(shards: ShardedParameters) -> dict[int, torch.Size]:
     return {place.index: place.shape for bucket in shards.buckets for place in bucket.places}
-
-
-def _slots(reader: StateReader) -> dict[str, list[str]]:
-    slots: dict[str, list[str]] = {}
-    for full in reader.names("optim/"):
-        name, _, slot = full.removeprefix("optim/").rpartition("/")
-        slots.setdefault(name, []).append(slot)
-    return slots
-
-
-def _check_names(stored: set[str], own: set[str]) -> None:
-    if missing := sorted(own ^ stored):
-        raise CheckpointError(
-            f"the checkpoint is of another model: {len(own - stored)} tensors are missing there, "
-            f"{len(stored - own)} unknown here (first: {missing[0].removeprefix('model/')}). Resume with its settings"
-        )
-
-
-def _check_shape(reader: StateReader, name: str, shape: tuple[int, ...]) -> None:
-    found = reader.shape(f"model/{name}")
-    if found != shape:
-        raise CheckpointError(
-            f"the checkpoint is of another model: {name} has shape {found} there, {shape} here. Resume with its "
-            f"settings ({math.prod(found)} and {math.prod(shape)} elements)"
-        )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class StepResult:
         stop: True when some rank asked to stop.
         spans_until: the number up to which what this rank measured belongs to the step, where an algorithm does not
             know the step's number while it computes; None: `step` itself.
+        metrics: what the model has measured of itself, by the names that metrics have; None: nothing.
     """
 
     step: int
@@ -60,6 +61,7 @@ class StepResult:
     applied: bool = True
     stop: bool = False
     spans_until: int | None = None
+    metrics: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,54 @@ class EvalSums:
             self.correct + other.correct,
             self.graded + other.graded,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchPlace:
+    """Where this rank's share of a micro-batch stands in its step.
+
+    Attributes:
+        first_sample: number of its first sample in the global batch.
+        targets: of the whole micro-batch, over all ranks.
+    """
+
+    first_sample: int
+    targets: int
+
+
+class HasAuxiliaryLoss(Protocol):
+    """A model whose training has losses besides the cross-entropy, and which measures itself (models/moe.py).
+
+    `train/loss` stays the plain cross-entropy.
+    """
+
+    def begin_micro_batch(self, step: int | None, first_sample: int) -> None:
+        """Called before each forward in training; `first_sample` as in MicroBatchPlace."""
+        ...
+
+    def auxiliary_loss(self, targets: int) -> Tensor:
+        """Of the last forward, this rank's part, weighted as the mean loss of so many targets: (), with gradients."""
+        ...
+
+    def take_sums(self) -> Tensor:
+        """What it has measured since the last call, to be added up over ranks: (n,) float64 on the CPU. Blocks."""
+        ...
+
+    def metrics(self, sums: Tensor) -> dict[str, float]:
+        """Of sums over all ranks, by name."""
+        ...
+
+
+def has_auxiliary_loss(model: nn.Module) -> TypeGuard[HasAuxiliaryLoss]:
+    """Whether a model is a HasAuxiliaryLoss."""
+    # isinstance with a Protocol takes 25 us, a tenth of a small model's step.
+    kind = type(model)  # both: a user's own class may have a method of the one name
+    return hasattr(kind, "auxiliary_loss") and hasattr(kind, "begin_micro_batch")
+
+
+def take_metrics(model: nn.Module) -> dict[str, float] | None:
+    """What a model has measured since the last call, on one rank; None if it measures nothing. Blocks."""
+    return model.metrics(model.take_sums()) if has_auxiliary_loss(model) else None
 
 
 def prepare_model(model: nn.Module, precision: Precision, device: torch.device | str) -> nn.Module:
@@ -141,6 +191,8 @@ def forward_backward(
     device: torch.device | str = "cpu",
     before_last: Callable[[Tensor], None] | None = None,
     telemetry: Telemetry | None = None,
+    step: int | None = None,
+    places: Sequence[MicroBatchPlace] | None = None,
 ) -> Tensor:
     """Add the gradient of `scale` times the summed loss of all micro-batches to the parameters' `.grad`.
 
@@ -155,23 +207,44 @@ def forward_backward(
         before_last: called with the summed loss when only the last micro-batch's backward remains; not called
             if no micro-batch has samples. This is where gradient hooks are armed.
         telemetry: gets a "forward" and a "backward" span per micro-batch.
+        step: the step's number, for models with auxiliary losses.
+        places: for the same models, where each micro-batch stands, if ranks compute parts of it together. Then one
+            without samples is computed as well, as the other ranks wait for it.
 
     Returns:
-        The summed loss without `scale`, (), on `device`.
+        The summed cross-entropy without `scale`, (), on `device`.
     """
-    batches = [batch for batch in batches if batch.samples]
+    if places is None:
+        batches = [batch for batch in batches if batch.samples]
+    auxiliary = model if has_auxiliary_loss(model) else None
+    if auxiliary is not None and places is None:
+        places = _own_places(batches)
     loss_sum: Tensor | None = None
     for i, batch in enumerate(batches):
         with telemetry.span("forward") if telemetry else contextlib.nullcontext():
-            loss = _summed_loss(model, batch, precision, device)[0]
+            targets = batch.targets.to(device, non_blocking=True)
+            if auxiliary is not None and places is not None:
+                auxiliary.begin_micro_batch(step, places[i].first_sample)
+            loss = summed_loss(_logits(model, batch, precision, device), targets)
         detached = loss.detach()
         loss_sum = detached if loss_sum is None else loss_sum + detached
         if before_last is not None and i == len(batches) - 1:
             before_last(loss_sum)
+        if auxiliary is not None and places is not None:
+            loss = loss + auxiliary.auxiliary_loss(places[i].targets)
         with telemetry.span("backward") if telemetry else contextlib.nullcontext():
             # The scale enters as the loss's own gradient: one node of the graph less than a product.
             loss.backward(torch.full_like(loss, scale))  # type: ignore[no-untyped-call]
     return torch.zeros((), device=device) if loss_sum is None else loss_sum
+
+
+def _own_places(batches: Sequence[Batch]) -> list[MicroBatchPlace]:
+    """Of the micro-batches of a rank that has nobody to compute them with."""
+    places, first = [], 0
+    for batch in batches:
+        places.append(MicroBatchPlace(first, count_targets([batch])))
+        first += batch.samples
+    return places
 
 
 def filled(batch: Batch) -> Batch:
@@ -197,18 +270,34 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate_batch(
-    model: nn.Module, batch: Batch, precision: Precision = "fp32", device: torch.device | str = "cpu"
+    model: nn.Module,
+    batch: Batch,
+    precision: Precision = "fp32",
+    device: torch.device | str = "cpu",
+    *,
+    also_empty: bool = False,
 ) -> EvalSums:
-    """Loss sum, target count and right answers of one batch; leaves the model as it found it. Blocks."""
-    if not batch.samples:
+    """Loss sum, target count and right answers of one batch; leaves the model as it found it. Blocks.
+
+    `also_empty` computes a batch without samples as well, for other ranks that wait for it.
+    """
+    if not batch.samples and not also_empty:
         return EvalSums(0.0, 0, 0, 0)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            loss, logits, targets = _summed_loss(model, batch, precision, device)
+            logits = _logits(model, batch, precision, device)
     finally:
         model.train(was_training)
+    return grade(logits, batch, device)
+
+
+def grade(logits: Tensor, batch: Batch, device: torch.device | str = "cpu") -> EvalSums:
+    """Loss sum, target count and right answers of a batch, from its logits, (B, C) or (B, T, V). Blocks."""
+    targets = batch.targets.to(device)
+    loss = summed_loss(logits, targets)
+    logits, targets = logits.flatten(0, -2), targets.flatten()
     # NO_TARGET is never an argmax, so what is not to be predicted cannot be correct.
     hits = logits.argmax(dim=-1) == targets
     count = count_targets([batch])
@@ -219,23 +308,22 @@ def evaluate_batch(
     return EvalSums(float(loss), count, int(is_right.sum()), int(graded.any(dim=1).sum()))
 
 
-def _summed_loss(
-    model: nn.Module, batch: Batch, precision: Precision, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed cross-entropy (), logits (n, V), targets (n,))."""
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy, (), of logits (B, C) or (B, T, V) for targets (B,) or (B, T)."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=NO_TARGET, reduction="sum")
+
+
+def _logits(model: nn.Module, batch: Batch, precision: Precision, device: torch.device | str) -> Tensor:
     inputs = batch.inputs.to(device, non_blocking=True)
-    targets = batch.targets.to(device, non_blocking=True).flatten()
     if precision == "fp64" and inputs.is_floating_point():
         inputs = inputs.double()
-    if (half := AUTOCAST_DTYPES.get(precision)) is not None:
-        with torch.autocast(inputs.device.type, dtype=half):
-            logits = model(inputs)
-        logits = logits.float()  # a sum of thousands of losses has no place in 11 bits
-    else:
+    half = AUTOCAST_DTYPES.get(precision)
+    if half is None:
+        logits: Tensor = model(inputs)
+        return logits
+    with torch.autocast(inputs.device.type, dtype=half):
         logits = model(inputs)
-    logits = logits.flatten(0, -2)
-    loss = F.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="sum")
-    return loss, logits, targets
+    return logits.float()  # a sum of thousands of losses has no place in 11 bits
 
 
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None, factor: float = 1.0) -> float:
@@ -271,6 +359,17 @@ def scale_gradients(grads: list[Tensor], norm: float, max_norm: float | None, fa
         coefficient *= min(1.0, max_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_ adds the same 1e-6
     if grads and coefficient != 1.0 and math.isfinite(norm):
         torch._foreach_mul_(grads, coefficient)
+
+
+def squares_of(tensors: Sequence[Tensor]) -> list[float]:
+    """The square of each tensor's norm; blocks once, however many there are."""
+    if not tensors:
+        return []
+    # A norm in the gradient's own half precision would have two or three digits.
+    norms = torch._foreach_norm([tensor.float() if tensor.dtype.itemsize < 4 else tensor for tensor in tensors])
+    # One wait for the device, not one per tensor. Apple's MPS has no float64.
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return [norm * norm for norm in torch.stack([norm.to(widest) for norm in norms]).tolist()]
 
 
 def gradient_norm(grads: list[Tensor]) -> float:

@@ -88,3 +88,12 @@ class DividesModel(Protocol):
     def take_gradient_norms(self) -> dict[str, float] | None:
         """The norm of each parameter's gradient before clipping, of the oldest update not asked for; None: no more."""
         ...
+
+
+@runtime_checkable
+class AddsUpEvaluations(Protocol):
+    """A strategy that adds the sums of an evaluation up over all ranks itself, by its own ways."""
+
+    def add_up(self, sums: EvalSums) -> EvalSums:
+        """The sums over all ranks. Every rank calls it; blocks."""
+        ...

@@ -20,7 +20,7 @@ from smolcluster.data.batch import Batch
 from smolcluster.kinds import JsonObject
 from smolcluster.telemetry import Span, Telemetry, overlap_s
 from smolcluster.training.step import EvalSums, MicroBatches, StepResult, as_batches
-from smolcluster.training.strategy import Strategy
+from smolcluster.training.strategy import AddsUpEvaluations, Strategy
 
 # What steps communicate by, as their spans are called.
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")
@@ -308,6 +308,7 @@ class _Run:
             "train/tokens_per_s": result.count / max(step_s, 1e-9),
             "time/step_s": step_s,
         }
+        row |= {name: json_number(value) for name, value in (result.metrics or {}).items()}
         row |= self._timing.row(result.step if result.spans_until is None else result.spans_until, result.spans_until)
         is_eval_due = is_last or (trainer._eval_steps and (result.step + 1) % trainer._eval_steps == 0)
         if may_evaluate and is_eval_due and trainer._eval_batches:
@@ -349,7 +350,9 @@ class _Run:
         with self._timing.traced("evaluate"):
             for batch in self._trainer._eval_batches():
                 sums = sums + self._strategy.eval_step(batch)
-            if self._comm is not None:
+            if isinstance(self._strategy, AddsUpEvaluations):
+                sums = self._strategy.add_up(sums)
+            elif self._comm is not None:
                 total = torch.tensor([sums.loss_sum, sums.count, sums.correct, sums.graded], dtype=torch.float64)
                 self._comm.all_reduce(total).wait()
                 sums = EvalSums(float(total[0]), *(round(number) for number in total[1:].tolist()))

@@ -1,0 +1,168 @@
+"""Stages: consecutive layers of a model that one rank computes, and nothing of the rest.
+
+A model's layers are numbered: 0 is its entry (embeddings), 1 to n are its blocks, n + 1 is its exit (the last norm, and
+the head that makes logits). A stage is a range of these numbers. Its parameters keep the names that they have in the
+model, so that a checkpoint does not tell how the model was cut.
+
+A parameter that two layers use (a head tied to the embedding) is there in both, and their gradients are to be added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from smolcluster.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Which modules each layer of a model uses, by their names in it.
+
+    Attributes:
+        entry: of layer 0; may be none.
+        blocks: of layers 1, 2, …: one each.
+        exit: of the last layer; may be none.
+    """
+
+    entry: tuple[str, ...]
+    blocks: tuple[str, ...]
+    exit: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """How many layers there are, entry and exit included."""
+        return len(self.blocks) + 2
+
+    def modules(self, layer: int) -> tuple[str, ...]:
+        """Those of one layer."""
+        if layer == 0:
+            return self.entry
+        return self.exit if layer == len(self) - 1 else (self.blocks[layer - 1],)
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A model that can run some of its layers."""
+
+    def layers(self) -> Layers:
+        """What it consists of. Every parameter belongs to a layer; one that belongs to two is tied."""
+        ...
+
+    def forward_layers(self, x: Tensor, layers: range) -> Tensor:
+        """Run layers `layers.start` to `layers.stop - 1`.
+
+        Args:
+            x: what the layer before the first one gives: (B, T, D) of a transformer; the model's inputs for layer 0.
+            layers: not empty.
+
+        Returns:
+            What the last one gives; logits if it is the exit.
+        """
+        ...
+
+
+def layers_of(model: nn.Module) -> Layers:
+    """The layers of a model.
+
+    Raises:
+        ConfigError: the model cannot be cut into stages.
+    """
+    if isinstance(model, Divisible):
+        return model.layers()
+    if isinstance(model, nn.Sequential) and len(model):
+        # Not named_children(), which gives a module that runs twice once.
+        return Layers((), tuple(name for name, module in model._modules.items() if module is not None), ())
+    raise ConfigError(
+        f"a {type(model).__name__} cannot be cut into stages, as nothing says which of its parts run one after the "
+        "other. Make it an nn.Sequential, give it the methods of smolcluster.models.stage.Divisible, or choose "
+        "algorithm fsdp"
+    )
+
+
+def layer_parameters(model: nn.Module, layers: Layers, layer: int) -> dict[str, nn.Parameter]:
+    """The parameters that a layer uses, tied ones by the first name that they have in the model."""
+    names = {id(param): name for name, param in model.named_parameters()}
+    modules = [model.get_submodule(name) for name in layers.modules(layer)]
+    return {names[id(param)]: param for module in modules for param in module.parameters()}
+
+
+def tied_parameters(model: nn.Module, layers: Layers) -> list[str]:
+    """Names of the parameters that both the entry and the exit use.
+
+    Raises:
+        ConfigError: other layers share parameters, or a parameter belongs to none.
+    """
+    users: dict[str, list[int]] = {name: [] for name, _ in model.named_parameters()}
+    for layer in range(len(layers)):
+        for name in layer_parameters(model, layers, layer):
+            users[name].append(layer)
+    tied = [name for name, used_by in users.items() if len(used_by) > 1]
+    for name, used_by in users.items():
+        if not used_by:
+            raise ConfigError(f"{name} belongs to no layer of the {type(model).__name__}, which can thus not be cut")
+        if len(used_by) > 1 and used_by != [0, len(layers) - 1]:
+            raise ConfigError(
+                f"{name} is shared by layers {used_by} of the {type(model).__name__}. Only the entry and the exit of a "
+                "model that is cut into stages may share parameters: choose algorithm fsdp"
+            )
+    return tied
+
+
+class Stage:
+    """Some consecutive layers of a model.
+
+    Attributes:
+        module: the model without the other layers' modules.
+        parameters: this stage's, by their names in the whole model (a tied one by its first).
+        layers: which.
+        is_first: it takes the model's inputs.
+        is_last: it gives logits.
+    """
+
+    def __init__(self, model: nn.Module, layers: range) -> None:
+        """Take the model over: what the other layers use is removed from it.
+
+        Args:
+            model: its parameters may be on the meta device.
+            layers: which to keep, not empty.
+        """
+        every = layers_of(model)
+        self.module = model
+        self.layers = layers
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == len(every)
+        self._blocks = every.blocks
+        self._run = model.forward_layers if isinstance(model, Divisible) else self._run_blocks
+        self.parameters = {n: p for layer in layers for n, p in layer_parameters(model, every, layer).items()}
+        kept = {name for layer in layers for name in every.modules(layer)}
+        for layer in range(len(every)):
+            for name in every.modules(layer):
+                if name not in kept:
+                    replace_module(model, name, Absent())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layers; see `Divisible.forward_layers`."""
+        return self._run(x, self.layers)
+
+    def _run_blocks(self, x: Tensor, layers: range) -> Tensor:
+        for layer in layers:
+            if 0 < layer <= len(self._blocks):
+                x = self.module.get_submodule(self._blocks[layer - 1])(x)
+        return x
+
+
+class Absent(nn.Module):
+    """Stands where a module was that another rank has: passes on what it is given; in an embedding's place gives 0."""
+
+    def forward(self, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        """`x` itself, or () if these are ids."""
+        return x if x.is_floating_point() else torch.zeros((), device=x.device)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place that `name` says."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,223 @@
+"""What of a model with experts lies on one rank: its experts, and all that is no expert; and how it is checkpointed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smolcluster.collectives.base import Communicator
+from smolcluster.collectives.dispatch import expert_ranges
+from smolcluster.errors import ConfigError
+from smolcluster.kinds import Precision
+from smolcluster.models.moe import moe_layers
+from smolcluster.models.partition import Unit, split_into_units
+from smolcluster.training.optim import optimizer_state, set_optimizer_state
+from smolcluster.training.restore import check_dtype, check_names, check_shape, slot_value, slots_of
+from smolcluster.training.step import Shard, StateReader
+
+_PARAMETER_TAG = 2**29 + 41
+
+
+class OwnExperts:
+    """This rank's parameters.
+
+    Attributes:
+        model: the whole model; other ranks' experts are on the meta device: names and shapes.
+        names: of all its parameters, tied ones by their first.
+        aliases: for each further name of a tied parameter its first one.
+        owners: of each expert's parameter the rank that has it; what is no expert is on all ranks.
+        params: this rank's parameters by name, in the model's order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        comm: Communicator,
+        *,
+        precision: Precision,
+        device: torch.device | str,
+        values: Callable[[Unit], Mapping[str, Tensor]] | None,
+    ) -> None:
+        """Take the model over. Blocks until every rank has its parameters, which are rank 0's where ranks share them.
+
+        Args:
+            model: with values, of which rank 0's count; or on the meta device.
+            comm: the ranks.
+            precision: "fp64" makes parameters float64.
+            device: where this rank computes.
+            values: the parameters of a unit by name, for a model on the meta device. The same on every rank.
+
+        Raises:
+            ConfigError: the model has no experts, or no values.
+        """
+        layers = moe_layers(model)
+        if not layers:
+            raise ConfigError(
+                f"a {type(model).__name__} has no experts that could lie on several ranks. Set model.type moe, or "
+                "choose algorithm classicdp"
+            )
+        self.model = model.train()
+        self.names = [name for name, _ in model.named_parameters()]
+        firsts = {id(param): name for name, param in model.named_parameters()}
+        further = model.named_parameters(remove_duplicate=False)
+        self.aliases = {name: firsts[id(param)] for name, param in further if name != firsts[id(param)]}
+        self.owners: dict[str, int] = {}
+        for layer_name, layer in layers.items():
+            for rank, experts in enumerate(expert_ranges(len(layer.experts), comm.world_size)):
+                for number in experts:
+                    prefix = f"{layer_name}.experts.{number}"
+                    self.owners |= {f"{prefix}.{n}": rank for n, _ in layer.experts[number].named_parameters()}
+        self.params: dict[str, nn.Parameter] = {}
+        self._comm = comm
+        self._device = device
+        self._dtype = torch.float64 if precision == "fp64" else None
+        self._move_buffers()
+        given = {name: param.detach() for name, param in model.named_parameters()}
+        if values is not None:
+            self._build(values)
+        elif any(value.is_meta for value in given.values()):
+            raise ConfigError(
+                "the model has parameters on the meta device. Pass values=, which gives those of each unit"
+            )
+        else:
+            self._divide(given)
+        self.params = {name: self.params[name] for name in self.names if name in self.params}
+
+    def brings(self, name: str) -> bool:
+        """Whether this rank answers for a parameter: what all ranks have counts once, on rank 0."""
+        return name in self.params and self._comm.rank == self.owners.get(name, 0)
+
+    def shared(self) -> dict[str, nn.Parameter]:
+        """The parameters to train that all ranks have."""
+        return {n: p for n, p in self.params.items() if n not in self.owners and p.requires_grad}
+
+    def experts(self) -> dict[str, nn.Parameter]:
+        """The parameters to train of the experts here."""
+        return {n: p for n, p in self.params.items() if n in self.owners and p.requires_grad}
+
+    def whole_parameter(self, name: str) -> Tensor | None:
+        """A parameter as it is now, on rank 0's CPU; None elsewhere. Every rank calls it; blocks.
+
+        Raises:
+            KeyError: the model has no such parameter.
+            PeerLost: a rank is gone.
+        """
+        name = self.aliases.get(name, name)
+        if name not in self.names:
+            raise KeyError(name)
+        owner = self.owners.get(name, 0)
+        if self._comm.rank == owner:
+            value = self.params[name].detach().cpu()
+            if owner == 0:
+                return value
+            self._comm.send(value, 0, _PARAMETER_TAG).wait()
+        elif self._comm.rank == 0:
+            return self._comm.recv(owner, _PARAMETER_TAG).result()[0]
+        return None
+
+    # ---- checkpoints
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
+        """Weights, buffers and optimizer state that this rank answers for. Shares their memory."""
+        brought = {name: param for name, param in self.params.items() if self.brings(name)}
+        found = {f"model/{name}": Shard(param.detach(), "param") for name, param in brought.items()}
+        found |= optimizer_state(optimizer, {name: param for name, param in brought.items() if param.requires_grad})
+        if self._comm.rank == 0:
+            found |= {f"model/{name}": Shard(buffer, "buffer") for name, buffer in self._buffers().items()}
+            for alias, name in self.aliases.items():
+                shape = tuple(self.params[name].shape)
+                found[f"model/{alias}"] = Shard(torch.empty(0), "param", shape, alias_of=f"model/{name}")
+        return found
+
+    def load_state(self, optimizer: torch.optim.Optimizer, reader: StateReader) -> None:
+        """Take over weights, buffers and optimizer state, in place; every rank reads the same names.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
+        buffers = self._buffers()
+        check_names(reader, {*self.names, *self.aliases, *buffers})
+        for name, buffer in buffers.items():
+            check_shape(reader, name, tuple(buffer.shape))
+            buffer.copy_(reader.read(f"model/{name}"))
+        slots = slots_of(reader)
+        states: dict[str, dict[str, Any]] = {}
+        for name in self.names:
+            shape = tuple(self.model.get_parameter(name).shape)
+            check_shape(reader, name, shape)
+            value = self.read(reader, f"model/{name}", name)
+            if value is not None:
+                check_dtype(name, value, self.params[name])
+                with torch.no_grad():
+                    self.params[name].copy_(value)
+            for slot in slots.get(name, ()):
+                full = f"optim/{name}/{slot}"
+                if reader.shape(full) == shape and math.prod(shape) != 1:
+                    state: Any = self.read(reader, full, name)
+                else:
+                    state = slot_value(reader.read(full), shape)
+                if name in self.params and self.params[name].requires_grad:
+                    states.setdefault(name, {})[slot] = state
+        if slots:
+            set_optimizer_state(optimizer, {**self.shared(), **self.experts()}, states)
+
+    def read(self, reader: StateReader, full_name: str, name: str) -> Tensor | None:
+        """A tensor of the size of a parameter, where this rank has that."""
+        param = self.params.get(name)
+        stored = reader.read_slice(full_name, 0, 0 if param is None else param.numel())
+        return None if param is None else stored.view(param.shape)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        parameters = {*self.names, *self.aliases}
+        return {name: buffer for name, buffer in self.model.state_dict().items() if name not in parameters}
+
+    # ---- making
+
+    def _build(self, values: Callable[[Unit], Mapping[str, Tensor]]) -> None:
+        """Only what this rank has is ever built."""
+        for unit in split_into_units(self.model):
+            wanted = tuple(name for name in unit.parameters if self._is_here(name))
+            found = values(Unit(unit.name, unit.module, wanted)) if wanted else {}
+            for name in wanted:
+                value = found[name].detach()
+                if name not in self.owners:  # another machine may have another file
+                    value = value.contiguous()
+                    self._comm.broadcast(value).wait()
+                self._keep(name, value)
+
+    def _divide(self, given: dict[str, Tensor]) -> None:
+        for name in self.names:
+            value = given.pop(name).contiguous()
+            self._comm.broadcast(value).wait()
+            if self._is_here(name):
+                self._keep(name, value)
+            else:
+                self._put(name, torch.empty_like(value, device="meta"))
+
+    def _is_here(self, name: str) -> bool:
+        return self.owners.get(name, self._comm.rank) == self._comm.rank
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        self.params[name] = self._put(name, value.to(self._device, self._dtype if value.is_floating_point() else None))
+
+    def _put(self, name: str, value: Tensor) -> nn.Parameter:
+        """In the places of a parameter."""
+        old = self.model.get_parameter(name)
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+        for module in self.model.modules():
+            for key, param in module._parameters.items():
+                if param is old:
+                    module._parameters[key] = new
+        return new
+
+    def _move_buffers(self) -> None:
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._comm.broadcast(buffer).wait()
+                    dtype = self._dtype if buffer.is_floating_point() else None
+                    module._buffers[name] = buffer.to(self._device, dtype).contiguous()

@@ -1,0 +1,127 @@
+"""Stages of a model, one behind the other, compute what the whole model does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolcluster.errors import ConfigError
+from smolcluster.models.gpt import GPT, GPTConfig
+from smolcluster.models.hf import HFModel
+from smolcluster.models.simple_nn import SimpleNN
+from smolcluster.models.stage import Stage, layer_parameters, layers_of, tied_parameters
+
+VOCAB = 37
+COMMON = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 32, "head_dim": 8,
+}  # fmt: skip
+HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 32}),
+    "llama": ("LlamaConfig", SIZES),
+    "llama-tied": ("LlamaConfig", SIZES | {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2Config", SIZES | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
+    "qwen3": ("Qwen3Config", SIZES | {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
+    "mistral": ("MistralConfig", SIZES | {"sliding_window": 3}),
+    "gemma2": ("Gemma2Config", SIZES | {"sliding_window": 3, "query_pre_attn_scalar": 8}),
+    "phi": ("PhiConfig", SIZES),
+    "gpt_neox": ("GPTNeoXConfig", SIZES),
+    "opt": ("OPTConfig", {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
+                          "word_embed_proj_dim": 8, "max_position_embeddings": 32}),
+}  # fmt: skip
+
+
+def build_hf(name: str) -> HFModel:
+    transformers = pytest.importorskip("transformers")
+    kind, sizes = HF_MODELS[name]
+    torch.manual_seed(1)
+    changes = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if name == "gpt2" else {}
+    changes |= {"dropout": 0.0} if name == "opt" else {}
+    config = getattr(transformers, kind)(**COMMON, **sizes, **changes)
+    return HFModel(transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), 32).double()
+
+
+def build_gpt() -> GPT:
+    return GPT(GPTConfig(VOCAB, 16, 4, 2, 24, 0.0, 32)).double()
+
+
+def check_cut(model: nn.Module, inputs: Tensor, targets: Tensor, bounds: list[int]) -> None:
+    """Cut the model behind these layers; logits and gradients are those of the whole."""
+    every = layers_of(model)
+    edges = [0, *bounds, len(every)]
+    stages = [Stage(copy.deepcopy(model), range(a, b)) for a, b in itertools.pairwise(edges)]
+    outs, ins = [], []
+    x = inputs
+    for stage in stages:
+        ins.append(x)
+        outs.append(stage(x))
+        x = outs[-1].detach().requires_grad_()
+    logits = model(inputs)
+    assert torch.allclose(outs[-1], logits, rtol=0, atol=1e-13)
+
+    F.cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
+    F.cross_entropy(outs[-1].flatten(0, -2), targets.flatten()).backward()
+    for number in range(len(stages) - 2, -1, -1):
+        if outs[number].requires_grad:  # not where a stage has no parameters
+            outs[number].backward(ins[number + 1].grad)
+    found: dict[str, Tensor] = {}
+    for stage in stages:
+        for name, param in stage.parameters.items():
+            assert param.grad is not None, name
+            found[name] = found[name] + param.grad if name in found else param.grad
+    expected = {name: param.grad for name, param in model.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad is not None
+        assert torch.allclose(found[name], grad, rtol=0, atol=1e-13), name
+
+
+@pytest.mark.parametrize("bounds", [[1], [3], [1, 5], [2, 3, 4], [1, 2, 3, 4, 5]])
+@pytest.mark.parametrize("name", ["gpt", *(name for name in HF_MODELS if name != "opt")])
+def test_stages_compute_what_the_whole_model_does(name: str, bounds: list[int]) -> None:
+    model = build_gpt() if name == "gpt" else build_hf(name)
+    tokens = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
+    check_cut(model, tokens, tokens.roll(-1, dims=1), bounds)
+
+
+@pytest.mark.parametrize("bounds", [[1], [2], [1, 2]])
+def test_a_simple_network_has_three_layers(bounds: list[int]) -> None:
+    check_cut(SimpleNN(12, 8, 5).double(), torch.randn(7, 3, 4).double(), torch.arange(7) % 5, bounds)
+
+
+def test_a_sequential_is_cut_between_its_modules() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    check_cut(model, torch.randn(7, 12).double(), torch.arange(7) % 5, [2, 4])
+
+
+@pytest.mark.parametrize(("name", "tied"), [("gpt", 1), ("gpt2", 1), ("llama", 0), ("llama-tied", 1)])
+def test_tied_parameters_are_found(name: str, tied: int) -> None:
+    model = build_gpt() if name == "gpt" else build_hf(name)
+    every = layers_of(model)
+    names = tied_parameters(model, every)
+    assert len(names) == tied
+    for name in names:
+        assert name in layer_parameters(model, every, 0)
+        assert name in layer_parameters(model, every, len(every) - 1)
+
+
+def test_a_stage_has_its_own_parameters_only_under_the_models_names() -> None:
+    model = build_gpt()
+    names = {name for name, _ in model.named_parameters()}
+    stage = Stage(copy.deepcopy(model), range(2, 4))
+    assert list(stage.module.parameters()) == list(stage.parameters.values())
+    assert set(stage.parameters) == {name for name in names if name.startswith(("blocks.1.", "blocks.2."))}
+
+
+def test_what_cannot_be_cut_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"nn\.Sequential"):
+        layers_of(nn.Linear(3, 3))
+    with pytest.raises(ConfigError, match="each give the next"):
+        layers_of(build_hf("opt"))
