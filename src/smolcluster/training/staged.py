@@ -577,7 +577,7 @@ class _Arrival(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]  # torch's is not typed
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         ctx.found.append(grad)
         return None, None, None
 
