@@ -1,9 +1,10 @@
-"""Whether the router of a mixture of experts keeps their load even, and what a capacity of 1.0 drops.
+"""Whether the router of a mixture of experts keeps their load even, and how many tokens a capacity of 1.0 drops.
 
     python benchmarks/expert_balance.py [--seeds 3]     tiny Shakespeare in $SMOLCLUSTER_DATA, two ranks, a few minutes
 
 Trains `ep` for 300 steps, 8 samples a rank, and notes `moe/expert_load_max`, the largest load of an expert of any block
-over the even one: once without a limit, once with model.capacity_factor 1.0, once without the load-balancing loss.
+over the even one, and `moe/dropped_tokens`, those that at least one of their experts had no room for, of both blocks:
+once without a limit, once with model.capacity_factor 1.0, once without the load-balancing loss.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
         found[name] = {
             "load_max_of_last_10_steps": [round(load, 3) for load in last],
             "load_max_every_50_steps": [[round(row["moe/expert_load_max"], 2) for row in rows[::50]] for rows in runs],
-            "dropped_of_all_steps": [round(sum(row["moe/dropped_tokens"] for row in rows)) for rows in runs],
+            "dropped_tokens_of_all_steps": [round(sum(row["moe/dropped_tokens"] for row in rows)) for rows in runs],
             "last_loss": [round(rows[-1]["train/loss"], 4) for rows in runs],
         }
         print(name, json.dumps(found[name]), flush=True)

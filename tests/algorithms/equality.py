@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from collectives.contract import open_group, run_group
+from data.dealt import rank_indices
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.fsdp import FSDP
 from smolcluster.algorithms.single import Single
@@ -100,7 +101,7 @@ class Case:
         inputs, targets = self.samples()
         sampler = Sampler(self.length, self.global_batch, seed=3, shares=self.shares or world_size)
         planned = int((targets[sampler.global_indices(step)] != NO_TARGET).sum())
-        indices = sampler.rank_indices(step, rank)
+        indices = rank_indices(sampler, step, rank)
         parts = split_by_shares(len(indices), [1.0] * self.micro_batches)
         return [Batch(inputs[part], targets[part], planned) for part in indices.split(parts)]
 

@@ -50,12 +50,13 @@ class Sleeper(nn.Module):
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: a schedule for P, M and V."""
+    """What is measured: a schedule for P, M and V, with sleeps so many times as long as the shortest sensible ones."""
 
     schedule: PipelineSchedule
     ranks: int
     micro_batches: int
     stages_per_rank: int = 1
+    longer: float = 1.0
 
     @property
     def ideal(self) -> float:
@@ -66,7 +67,7 @@ class Cell:
     def sleeps(self) -> tuple[float, float]:
         """Seconds of a stage's forward and of its backward, which takes twice as long."""
         passes = self.micro_batches * self.stages_per_rank
-        both = max(_SHORTEST, _SECONDS_PER_PASS * passes / max(self.ranks - 1, 1))
+        both = self.longer * max(_SHORTEST, _SECONDS_PER_PASS * passes / max(self.ranks - 1, 1))
         return both / 3, both * 2 / 3
 
     @property

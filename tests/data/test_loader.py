@@ -1,6 +1,9 @@
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from data.dealt import rank_indices
 from smolcluster.data import loader as loader_module
-from smolcluster.data.batch import Batch
+from smolcluster.data.batch import Batch, Reads, read_only
 from smolcluster.data.datasets import ClassesDataset, Dataset, Kind, TextDataset
 from smolcluster.data.loader import (
     MAX_PREFETCHED_STEPS,
@@ -20,6 +24,7 @@ from smolcluster.data.loader import (
     sampled_steps,
 )
 from smolcluster.data.sampler import Sampler
+from smolcluster.data.source import MemoryData
 from smolcluster.kinds import JsonObject
 
 DEADLINE = 20.0
@@ -52,8 +57,15 @@ class Numbers:
     def targets_per_sample(self, indices: Tensor) -> int:
         return len(indices)
 
-    def graded(self, indices: Tensor) -> None:
+    def graded(self, indices: Tensor) -> Tensor | None:
         return None
+
+
+class Halves(Numbers):
+    """Of which every second is graded."""
+
+    def graded(self, indices: Tensor) -> Tensor:
+        return indices[:, None] % 2 == 0
 
 
 def loader_of(
@@ -63,10 +75,11 @@ def loader_of(
     micro_batches: int = 1,
     start_step: int = 0,
     max_steps: int | None = None,
+    **options: Any,
 ) -> BatchLoader:
     def steps_from(position: JsonObject, weights: Sequence[float]) -> Iterator[Step]:
         shared = Sampler(sampler.length, sampler.global_batch, sampler.seed, weights)
-        return sampled_steps(dataset, shared, rank, micro_batches, int(str(position["step"])), max_steps)
+        return sampled_steps(dataset, shared, rank, micro_batches, int(str(position["step"])), max_steps, **options)
 
     return BatchLoader(steps_from, sampler.weights, {"step": start_step}, rank, sampler.global_batch)
 
@@ -95,7 +108,7 @@ def test_each_step_holds_the_ranks_samples_in_order(rank: int) -> None:
         steps = list(loader)
     assert len(steps) == 10
     for step, micro_batches in enumerate(steps):
-        assert numbers_of(micro_batches) == sampler.rank_indices(step, rank).tolist()
+        assert numbers_of(micro_batches) == rank_indices(sampler, step, rank).tolist()
 
 
 def test_a_loader_that_starts_later_gives_the_same_steps() -> None:
@@ -134,7 +147,7 @@ def test_a_step_is_split_into_micro_batches_as_equal_as_can_be(
         with loader_of(Numbers(length), sampler, rank, micro_batches, last, last + 1) as loader:
             (step,) = loader
         sizes = [batch.samples for batch in step]
-        expected = len(sampler.rank_indices(last, rank))
+        expected = len(rank_indices(sampler, last, rank))
         assert sum(sizes) == expected
         assert len(sizes) == micro_batches
         assert max(sizes) - min(sizes) <= 1
@@ -159,6 +172,123 @@ def test_the_planned_count_is_that_of_all_ranks_on_every_rank() -> None:
                 counted[step] += sum(batch.targets.numel() for batch in micro_batches)
     assert counted.tolist() == [12, 12, 12, 3]  # 4 windows of 3 targets, and the ragged end
     assert set(planned) == set(enumerate(counted.tolist()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_micro_first_the_ranks_have_the_same_micro_batch_of_one_process(world_size: int) -> None:
+    sampler = Sampler(25, 8, seed=1, shares=world_size)  # the last step of an epoch has one sample for 3 micro-batches
+    ranks = []
+    for rank in range(world_size):
+        with loader_of(Numbers(25), sampler, rank, 3, 0, 8, micro_first=True) as loader:
+            ranks.append(list(loader))
+    with loader_of(Numbers(25), Sampler(25, 8, seed=1), 0, 3, 0, 8) as loader:
+        alone = list(loader)
+    for step, wholes in enumerate(alone):
+        for number, whole in enumerate(wholes):
+            assert numbers_of([steps[step][number] for steps in ranks]) == whole.targets.tolist()
+            assert {steps[step][number].planned_count for steps in ranks} == {whole.planned_count}
+
+
+# --- what a rank looks at
+
+
+READS: list[Reads] = ["all", "inputs", "targets", "nothing"]
+
+
+def windows() -> TextDataset:
+    return TextDataset("t", torch.arange(40), max_seq_len=3, vocab_size=256)  # 13 windows
+
+
+def sees(batch: Batch) -> tuple[bool, bool]:
+    """Whether there are inputs and targets, of the same number of samples anyhow."""
+    assert len(batch.inputs) == len(batch.targets) == batch.samples
+    return batch.inputs.shape[1:] != (0,), batch.targets.shape[1:] != (0,)
+
+
+def same(ours: Tensor, theirs: Tensor, is_read: bool) -> bool:
+    return torch.equal(ours, theirs) if is_read else ours.shape == (len(theirs), 0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3, 5])
+@pytest.mark.parametrize("reads", READS)
+def test_a_rank_gets_what_it_looks_at_of_the_samples_that_all_ranks_have(reads: Reads, micro_batches: int) -> None:
+    sampler = Sampler(13, 4, seed=2)  # steps of 4, 4, 4 and 1: some micro-batches have no sample
+    with loader_of(windows(), sampler, 0, micro_batches, max_steps=9) as loader:
+        everything = list(loader)
+    with loader_of(windows(), sampler, 0, micro_batches, max_steps=9, reads=reads) as loader:
+        steps = list(loader)
+    wants_inputs, wants_targets = reads in ("all", "inputs"), reads in ("all", "targets")
+    for ours, theirs in zip(steps, everything, strict=True):
+        assert [batch.samples for batch in ours] == [batch.samples for batch in theirs]
+        assert len(ours) == micro_batches
+        for mine, whole in zip(ours, theirs, strict=True):
+            assert sees(mine) == (wants_inputs, wants_targets)
+            assert same(mine.inputs, whole.inputs, wants_inputs)
+            assert same(mine.targets, whole.targets, wants_targets)
+            # The last rank, which knows the targets, tells the others how many there are.
+            assert mine.planned_count == (whole.planned_count if wants_targets else 0)
+            assert whole.planned_count > 0
+    assert min(batch.samples for step in steps for batch in step) == (1 if micro_batches == 1 else 0)
+
+
+def test_a_rank_that_looks_at_nothing_asks_the_dataset_for_nothing() -> None:
+    dataset = Numbers(25)
+    with loader_of(dataset, Sampler(25, 8, seed=1), 0, 3, max_steps=8, reads="nothing") as loader:
+        assert [sum(batch.samples for batch in step) for step in loader] == [8, 8, 8, 1] * 2
+    assert [batch.samples for batch in eval_batches(dataset, 10, reads="nothing")] == [10, 10, 5]
+    assert dataset.calls == 0
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_a_rank_goes_on_where_another_one_that_looked_at_something_else_stopped(reads: Reads) -> None:
+    data = MemoryData(windows(), windows())
+
+    def loader(reads: Reads, start: JsonObject | None = None) -> BatchLoader:
+        return data.loader(0, [1.0], global_batch=4, seed=2, micro_batches=3, start=start, max_steps=9, reads=reads)
+
+    positions = []
+    with loader("all") as first:
+        everything = []
+        for step in first:
+            everything.append(step)
+            positions.append(first.position())
+    for done, position in enumerate(positions, 1):
+        with loader(reads, position) as second:
+            for step, whole in zip(second, everything[done:], strict=True):
+                assert [batch.samples for batch in step] == [batch.samples for batch in whole]
+                for mine, theirs in zip(step, whole, strict=True):
+                    assert same(mine.inputs, theirs.inputs, reads in ("all", "inputs"))
+                    assert same(mine.targets, theirs.targets, reads in ("all", "targets"))
+            assert second.position() == positions[-1]
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_evaluation_gives_a_rank_what_it_looks_at(reads: Reads) -> None:
+    wants_targets = reads in ("all", "targets")
+    everything = list(eval_batches(Halves(11), 4))
+    batches = list(eval_batches(Halves(11), 4, reads=reads))
+    assert [batch.samples for batch in batches] == [4, 4, 3]
+    for mine, whole in zip(batches, everything, strict=True):
+        assert same(mine.inputs, whole.inputs, reads in ("all", "inputs"))
+        assert same(mine.targets, whole.targets, wants_targets)
+        assert (mine.graded is not None) == wants_targets
+        assert whole.graded is not None
+        if mine.graded is not None:
+            assert torch.equal(mine.graded, whole.graded)
+
+
+def test_read_only_keeps_a_batch_that_is_read_whole() -> None:
+    batch = Batch(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), planned_count=5, graded=torch.ones(2, 1) > 0)
+    whole = read_only(batch, "all")
+    assert whole.inputs is batch.inputs
+    assert whole.targets is batch.targets
+    assert whole.graded is batch.graded
+    assert whole.planned_count == 5
+    targets = read_only(batch, "targets")
+    assert targets.inputs.shape == (2, 0)
+    assert targets.targets is batch.targets
+    assert targets.graded is batch.graded
+    assert targets.planned_count == 5
 
 
 # --- the thread
@@ -279,12 +409,11 @@ def test_evaluation_sees_every_sample_once_over_all_ranks(length: int, batch_siz
 
 
 def test_evaluation_marks_what_the_dataset_grades() -> None:
-    class Halves(Numbers):
-        def graded(self, indices: Tensor) -> Tensor:
-            return indices[:, None] % 2 == 0
-
     batches = list(eval_batches(Halves(5), 3))
-    assert [batch.graded.flatten().tolist() for batch in batches] == [[True, False, True], [False, True]]
+    assert [batch.graded.flatten().tolist() for batch in batches if batch.graded is not None] == [
+        [True, False, True],
+        [False, True],
+    ]
 
 
 def test_evaluation_in_one_process_is_the_default() -> None:
@@ -299,9 +428,9 @@ def test_other_shares_count_from_the_next_step_on(given: int, max_steps: int) ->
     dataset, even, uneven = Numbers(100), Sampler(100, 10, 3, [1, 1]), Sampler(100, 10, 3, [4, 1])
     with loader_of(dataset, even, rank=1, max_steps=max_steps) as loader:
         for step in range(given):
-            assert numbers_of(next(loader)) == even.rank_indices(step, 1).tolist()
+            assert numbers_of(next(loader)) == rank_indices(even, step, 1).tolist()
         loader.reshare([4, 1])
         for step in range(given, max_steps):
-            assert numbers_of(next(loader)) == uneven.rank_indices(step, 1).tolist()
+            assert numbers_of(next(loader)) == rank_indices(uneven, step, 1).tolist()
         with pytest.raises(StopIteration):
             next(loader)

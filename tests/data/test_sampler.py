@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolcluster.data.sampler import Sampler, seeded_permutation, split_by_shares
+from data.dealt import rank_indices
+from smolcluster.data.sampler import Sampler, micro_ranges, seeded_permutation, split_by_shares
 from smolcluster.errors import ConfigError, DataError
 
 SHARES = st.one_of(
@@ -29,7 +30,7 @@ def test_an_epoch_deals_every_sample_exactly_once(
     dealt: list[int] = []
     for position in range(sampler.steps_per_epoch):
         step = epoch * sampler.steps_per_epoch + position
-        ranks = [sampler.rank_indices(step, rank) for rank in range(world(shares))]
+        ranks = [rank_indices(sampler, step, rank) for rank in range(world(shares))]
         together = torch.cat(ranks)
         assert torch.equal(together, sampler.global_indices(step))  # disjoint, exact, consecutive
         is_last = position == sampler.steps_per_epoch - 1
@@ -52,7 +53,7 @@ def test_a_step_depends_on_its_number_alone(length: int, global_batch: int, seed
     one = Sampler(length, global_batch, seed, 3)
     for step in steps:  # any order, as when a run resumes
         fresh = Sampler(length, global_batch, seed, 3)
-        assert torch.equal(one.rank_indices(step, 1), fresh.rank_indices(step, 1))
+        assert torch.equal(rank_indices(one, step, 1), rank_indices(fresh, step, 1))
 
 
 def test_epochs_and_seeds_give_different_orders() -> None:
@@ -105,6 +106,50 @@ def test_shares_are_rounded_by_largest_remainder_then_lower_rank() -> None:
 def test_the_world_size_is_the_number_of_shares() -> None:
     assert Sampler(9, 3, 0, 4).world_size == 4
     assert Sampler(9, 3, 0, [2.0, 1.0]).world_size == 2
+
+
+@given(st.integers(0, 60), SHARES, st.integers(1, 12))
+def test_ranks_divide_their_shares_into_micro_batches(
+    count: int, shares: int | list[float], micro_batches: int
+) -> None:
+    weights = [1.0] * shares if isinstance(shares, int) else shares
+    ranks = [micro_ranges(count, weights, rank, micro_batches) for rank in range(len(weights))]
+    assert [place for ranges in ranks for part in ranges for place in part] == list(range(count))  # in order, each once
+    for ranges, share in zip(ranks, split_by_shares(count, weights), strict=True):
+        sizes = [len(part) for part in ranges]
+        assert sum(sizes) == share
+        assert len(sizes) == micro_batches  # also where samples are fewer
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] - sizes[-1] <= 1
+
+
+@given(st.integers(0, 60), SHARES, st.integers(1, 12))
+def test_micro_first_the_ranks_share_each_micro_batch_of_one_process(
+    count: int, shares: int | list[float], micro_batches: int
+) -> None:
+    weights = [1.0] * shares if isinstance(shares, int) else shares
+    wholes = micro_ranges(count, [1.0], 0, micro_batches)
+    assert wholes == micro_ranges(count, [1.0], 0, micro_batches, micro_first=True)
+    ranks = [micro_ranges(count, weights, rank, micro_batches, micro_first=True) for rank in range(len(weights))]
+    assert {len(ranges) for ranges in ranks} == {micro_batches}
+    for number, whole in enumerate(wholes):
+        parts = [ranges[number] for ranges in ranks]
+        assert [place for part in parts for place in part] == list(whole)
+        assert [len(part) for part in parts] == split_by_shares(len(whole), weights)
+
+
+def test_what_is_left_over_goes_to_the_first_micro_batches() -> None:
+    assert micro_ranges(7, [1.0], 0, 3) == [range(3), range(3, 5), range(5, 7)]
+    assert micro_ranges(2, [1.0], 0, 4) == [range(1), range(1, 2), range(2, 2), range(2, 2)]
+    # Two ranks with 4 and 3 of 7 samples; and with 2 and 1, then 1 and 1 twice.
+    assert [micro_ranges(7, [1, 1], rank, 3) for rank in (0, 1)] == [
+        [range(2), range(2, 3), range(3, 4)],
+        [range(4, 5), range(5, 6), range(6, 7)],
+    ]
+    assert [micro_ranges(7, [1, 1], rank, 3, micro_first=True) for rank in (0, 1)] == [
+        [range(2), range(3, 4), range(5, 6)],
+        [range(2, 3), range(4, 5), range(6, 7)],
+    ]
 
 
 @pytest.mark.parametrize("shares", [0, [], [0.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [float("inf")]])

@@ -15,7 +15,8 @@ import torch
 from data.text_files import KINDS, Sample, numbered_rows, samples_in, samples_of, write_rows
 from smolcluster.data import rows as rows_module
 from smolcluster.data import stream as stream_module
-from smolcluster.data.batch import NO_TARGET
+from smolcluster.data.batch import NO_TARGET, Batch, Reads
+from smolcluster.data.datasets import WindowsDataset
 from smolcluster.data.source import StreamedData, TrainingData, open_data
 from smolcluster.errors import CheckpointError, ConfigError, DataError
 from smolcluster.kinds import JsonObject
@@ -155,6 +156,71 @@ def test_a_rank_without_samples_gets_an_empty_batch_of_the_right_shape(tmp_path:
         (batch,) = next(loader)
     assert (batch.inputs.shape, batch.targets.shape) == ((0, T), (0, T))
     assert batch.planned_count > 0
+
+
+@pytest.mark.parametrize("reads", ["inputs", "targets", "nothing"])
+def test_a_rank_gets_what_it_looks_at_in_each_step_and_after_a_resume(
+    reads: Reads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = opened("jsonl", tmp_path)
+    per_epoch = data.steps_per_epoch(GLOBAL_BATCH)
+    middle, end = per_epoch // 2, 2 * per_epoch + 1
+
+    def steps(reads: Reads, start: JsonObject | None) -> tuple[list[list[Batch]], list[JsonObject]]:
+        # More micro-batches than the last step of an epoch has samples.
+        with data.loader(
+            0, [1.0], global_batch=GLOBAL_BATCH, seed=7, micro_batches=23, start=start, max_steps=end, reads=reads
+        ) as loader:
+            found = [(step, loader.position()) for step in loader]
+        return [step for step, _ in found], [position for _, position in found]
+
+    everything, positions = steps("all", None)
+    assert len(everything) == end
+    assert sum(batch.samples for batch in everything[per_epoch - 1]) < 23
+    made: list[int] = []
+    make = WindowsDataset.batch
+
+    def counted(windows: WindowsDataset, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append(len(indices))
+        return make(windows, indices)
+
+    monkeypatch.setattr(WindowsDataset, "batch", counted)
+    for first, start in ((0, None), (middle, positions[middle - 1])):
+        found, places = steps(reads, start)
+        assert places == positions[first:]
+        for ours, theirs in zip(found, everything[first:], strict=True):
+            assert [batch.samples for batch in ours] == [batch.samples for batch in theirs]
+            for mine, whole in zip(ours, theirs, strict=True):
+                assert len(mine.inputs) == len(mine.targets) == mine.samples
+                if reads == "inputs":
+                    assert torch.equal(mine.inputs, whole.inputs)
+                else:
+                    assert mine.inputs.shape == (whole.samples, 0)
+                if reads == "targets":
+                    assert torch.equal(mine.targets, whole.targets)
+                    assert mine.planned_count == whole.planned_count > 0
+                else:
+                    assert mine.targets.shape == (whole.samples, 0)
+                    assert mine.planned_count == 0
+    assert bool(made) == (reads != "nothing")  # who looks at nothing makes no tensors of it
+
+
+def test_micro_first_the_ranks_have_the_same_micro_batch_of_one_process(tmp_path: Path) -> None:
+    data = opened("jsonl", tmp_path)
+
+    def steps(rank: int, weights: list[float], micro_first: bool) -> list[list[list[Sample]]]:
+        with data.loader(
+            rank, weights, global_batch=GLOBAL_BATCH, seed=7, micro_batches=5, max_steps=12, micro_first=micro_first
+        ) as loader:
+            return [[samples_in([batch]) for batch in step] for step in loader]
+
+    alone = steps(0, [1.0], False)
+    assert steps(0, [1.0], True) == alone
+    weights = [1.0, 2.0, 1.0]
+    ranks = [steps(rank, weights, True) for rank in range(3)]
+    for step, wholes in enumerate(alone):
+        for number, whole in enumerate(wholes):
+            assert [sample for rank in ranks for sample in rank[step][number]] == whole
 
 
 def test_max_steps_counts_from_the_start_of_the_run(tmp_path: Path) -> None:

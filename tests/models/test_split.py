@@ -9,7 +9,7 @@ import pytest
 
 from smolcluster.errors import ConfigError
 from smolcluster.models.gpt import GPT, GPTConfig
-from smolcluster.models.split import layer_costs, split_by_blocks, split_by_cost
+from smolcluster.models.split import layer_costs, needed_room, split_by_blocks, split_by_cost
 from smolcluster.models.stage import Layers, layers_of
 
 
@@ -43,6 +43,18 @@ def test_the_split_is_the_best_one(seed: int) -> None:
     assert all(sum(parameters[layer] for layer in part) <= limits[n] for n, part in enumerate(split))
     slowest = max(sum(times[n][layer] for layer in part) for n, part in enumerate(split))
     assert slowest == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_room_that_is_needed_is_the_least_with_which_a_split_exists(seed: int) -> None:
+    rng = random.Random(seed)
+    stages, layers = rng.randint(1, 4), rng.randint(4, 9)
+    parameters = [rng.randint(0, 9) for _ in range(layers)]
+    limits = [float(rng.randint(1, 9)) for _ in range(stages)]
+    factor = needed_room(parameters, limits)
+    times = [[1.0] * layers] * stages
+    assert brute_force(times, parameters, [limit * factor * (1 + 1e-9) for limit in limits]) is not None
+    assert brute_force(times, parameters, [limit * factor * (1 - 1e-9) for limit in limits]) is None
 
 
 def test_a_large_head_makes_the_last_stage_shorter() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolcluster.errors import ConfigError
+from smolcluster.models.checkpointing import checkpoint_activations
 from smolcluster.models.gpt import GPT, GPTConfig
 from smolcluster.models.hf import HFModel
 from smolcluster.models.simple_nn import SimpleNN
@@ -33,6 +37,10 @@ HF_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", SIZES | {"sliding_window": 3, "query_pre_attn_scalar": 8}),
     "phi": ("PhiConfig", SIZES),
     "gpt_neox": ("GPTNeoXConfig", SIZES),
+    "bloom": ("BloomConfig", {"hidden_size": 16, "n_layer": 4, "n_head": 2, "hidden_dropout": 0.0,
+                              "attention_dropout": 0.0}),
+    "ctrl": ("CTRLConfig", {"n_embd": 16, "dff": 24, "n_layer": 4, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.0,
+                            "embd_pdrop": 0.0}),
     "opt": ("OPTConfig", {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
                           "word_embed_proj_dim": 8, "max_position_embeddings": 32}),
 }  # fmt: skip
@@ -125,3 +133,112 @@ def test_what_cannot_be_cut_says_so() -> None:
         layers_of(nn.Linear(3, 3))
     with pytest.raises(ConfigError, match="each give the next"):
         layers_of(build_hf("opt"))
+
+
+class FakePart(nn.Module):
+    """Part of a block; says what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = "causal"
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+class FakeBlock(nn.Module):
+    """Gives a tensor, or with others a tuple."""
+
+    def __init__(self, number: int, others: int) -> None:
+        super().__init__()
+        self.attention_type = "full" if number % 2 else "sliding"
+        self.attention = FakePart()
+        self.others = others
+        self.kept = [torch.ones(6)]
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor | tuple[Tensor, ...]:
+        out = x + scale * self.attention(x)
+        return (out, *[out.mean() + number for number in range(self.others - 1)]) if self.others else out
+
+
+class FakeCausalLM(nn.Module):
+    """As transformers' models are; `style` says what its forward does with its blocks."""
+
+    def __init__(self, style: str, blocks: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=6))
+        self.style = style
+        self.embed = nn.Embedding(VOCAB, 6)
+        others = {"takes the first": 1, "takes the first of two": 2, "uses the second": 2, "unpacks": 2, "counts": 2}
+        self.blocks = nn.ModuleList(FakeBlock(number, others.get(style, 0)) for number in range(blocks))
+        self.head = nn.Linear(6, VOCAB, bias=False)
+
+    def forward(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, use_cache: bool = False
+    ) -> Any:
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        shape = x.shape
+        if self.style == "scales in place":
+            x *= 3.0
+        if self.style == "needs ids":
+            given: Any = input_ids
+            x = x + given.shape[1]
+        for number, block in enumerate(self.blocks):
+            if self.style == "reads the block":
+                out = block(x, scale={"full": 1.0, "sliding": 0.5}[block.attention_type])
+            elif self.style == "reads the block's part":
+                out = block(x, scale={"causal": 0.5}[block.attention.kind])
+            else:
+                out = block(x)
+            if self.style in ("takes the first", "takes the first of two"):
+                x = out[0]
+            elif self.style == "uses the second":
+                x = out[0] * out[1]
+            elif self.style == "unpacks":
+                x, mean = out
+                x = x * mean
+            elif self.style == "counts":
+                x = out[0] * len(out)
+            else:
+                x = out + number if self.style == "adds between blocks" else out
+        return SimpleNamespace(logits=self.head(x.view(-1, *shape[1:])))
+
+
+def build_fake(style: str, blocks: int = 3) -> HFModel:
+    torch.manual_seed(1)
+    return HFModel(FakeCausalLM(style, blocks).double(), None)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(
+    "style",
+    [
+        *("plain", "reads the block", "reads the block's part", "takes the first", "takes the first of two"),
+        "scales in place",
+    ],
+)
+def test_what_a_models_forward_may_do_with_its_blocks(style: str, blocks: int) -> None:
+    """As transformers 4.56 to 5.0 do: they read `attention_type`, and take `outputs[0]`, of a tensor the first text."""
+    tokens = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
+    for bounds in ([1], [blocks + 1], list(range(1, blocks + 2))):
+        check_cut(build_fake(style, blocks), tokens, tokens.roll(-1, dims=1), bounds)
+
+
+@pytest.mark.parametrize("style", ["uses the second", "unpacks", "counts", "adds between blocks", "needs ids"])
+def test_a_model_that_is_more_than_a_chain_of_blocks_is_refused(style: str) -> None:
+    """Each of these computes something else when it is cut."""
+    with pytest.raises(ConfigError, match="a FakeCausalLM cannot be cut"):
+        layers_of(build_fake(style))
+
+
+def test_a_stand_in_keeps_nothing_of_its_block_in_memory() -> None:
+    model = build_fake("reads the block")
+    assert checkpoint_activations(model) == 3  # which leaves each block's own forward among its attributes
+    held = [weakref.ref(tensor) for block in model.inner.blocks for tensor in (*block.parameters(), *block.kept)]
+    stage = Stage(model, range(1))
+    gc.collect()
+    assert all(ref() is None for ref in held)
+    assert [stand_in.attention_type for stand_in in stage.module.get_submodule("blocks").children()] == [
+        *("sliding", "full", "sliding")
+    ]

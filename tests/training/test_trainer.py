@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.dealt import rank_indices
 from smolcluster.algorithms.classicdp import ClassicDP
 from smolcluster.algorithms.single import Single
 from smolcluster.collectives.local import LocalCommunicator, LocalGroup
@@ -51,7 +52,7 @@ TARGETS = torch.randint(0, 5, (30,), generator=torch.Generator().manual_seed(2))
 def batches(steps: int, rank: int = 0, world_size: int = 1, planned: int = 8) -> Iterator[list[Batch]]:
     sampler = Sampler(24, 8, seed=0, shares=world_size)
     for step in range(steps):
-        indices = sampler.rank_indices(step, rank)
+        indices = rank_indices(sampler, step, rank)
         yield [Batch(INPUTS[indices], TARGETS[indices], planned)]
 
 

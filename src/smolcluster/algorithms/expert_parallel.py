@@ -49,6 +49,7 @@ from smolcluster.training.step import (
     LossScaler,
     MicroBatches,
     MicroBatchPlace,
+    PendingGradient,
     Shard,
     StateReader,
     StepResult,
@@ -58,6 +59,8 @@ from smolcluster.training.step import (
     forward_backward,
     has_auxiliary_loss,
     is_applicable,
+    pending_state,
+    read_pending,
     scale_gradients,
     squares_of,
 )
@@ -320,16 +323,24 @@ class ExpertParallel:
         shards = residuals | self._own.state(self._optimizer)
         if self._scaler is not None and comm.rank == 0:
             shards[SCALER] = self._scaler.state()
-        for number, (item, sums) in enumerate(zip(self._under_way, waiting, strict=True)):
+        pending = []
+        for item, sums in zip(self._under_way, waiting, strict=True):
             found = dict(zip(self._experts, item.expert_grads, strict=True))
             if comm.rank == 0:
-                fields = [item.gradients.step, sums.loss_sum, sums.count, sums.samples, sums.nonfinite]
-                numbers = torch.tensor([*fields, item.planned, item.loss_scale], dtype=torch.float64)
-                shards[f"pending/{number:04d}/sums"] = Shard(numbers, "pending")
                 found |= dict(zip(self._shared, item.gradients.grads, strict=True))
-            for name, grad in found.items():
-                if grad is not None:
-                    shards[f"pending/{number:04d}/grad/{name}"] = Shard(grad, "pending")
+            pending.append(
+                PendingGradient(
+                    step=item.gradients.step,
+                    loss_sum=sums.loss_sum,
+                    count=sums.count,
+                    samples=sums.samples,
+                    nonfinite=sums.nonfinite,
+                    planned=item.planned,
+                    loss_scale=item.loss_scale,
+                    grads=[found.get(name) for name in self._own.names],
+                )
+            )
+        shards |= pending_state(pending, self._own.names, with_sums=comm.rank == 0)
         return shards
 
     def load_state(self, reader: StateReader) -> None:
@@ -339,18 +350,13 @@ class ExpertParallel:
         load_residuals(reader, self._buckets.residuals, list(self._shared), comm.rank, comm.world_size)
         if self._scaler is not None:
             self._scaler.load_state(reader)
-        stored = set(reader.names("pending/"))
-        for sums_name in sorted(name for name in stored if name.endswith("/sums")):
-            step, loss_sum, count, samples, nonfinite, planned, loss_scale = reader.read(sums_name).tolist()
-            found: dict[str, Tensor | None] = {}
-            for name in self._own.names:
-                full = f"{sums_name.removesuffix('sums')}grad/{name}"
-                grad = self._own.read(reader, full, name) if full in stored else None
-                found[name] = None if grad is None else grad.to(self._device)
-            sums = StepSums(loss_sum, round(count), round(samples), round(nonfinite), stop_votes=0)
-            gradients = self._buckets.restore(round(step), [found[name] for name in self._shared], sums)
+        names = self._own.names
+        for item in read_pending(reader, [self._own.params.get(name) for name in names], names):
+            found = dict(zip(names, item.grads, strict=True))
+            sums = StepSums(item.loss_sum, item.count, item.samples, item.nonfinite, stop_votes=0)
+            gradients = self._buckets.restore(item.step, [found[name] for name in self._shared], sums)
             expert_grads = [found[name] for name in self._experts]
-            self._under_way.append(self._agree(gradients, expert_grads, round(planned), loss_scale, None))
+            self._under_way.append(self._agree(gradients, expert_grads, item.planned, item.loss_scale, None))
         self._step = reader.step + len(self._under_way)
 
 

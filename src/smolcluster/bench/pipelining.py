@@ -147,7 +147,7 @@ def check_offered(config: Config, world_size: int) -> None:
 
 def split_of(strategy: Pipeline, comm: Communicator) -> list[range]:
     """The layers of each stage of our side. Every rank calls it; blocks."""
-    own: JsonObject = {str(n): [s.layers.start, s.layers.stop] for n, s in strategy._stages.own.items()}
+    own: JsonObject = {str(number): [layers.start, layers.stop] for number, layers in strategy.layers.items()}
     found = {int(n): ends for each in comm.exchange(own) for n, ends in cast("dict[str, list[int]]", each).items()}
     return [range(*found[number]) for number in range(len(found))]
 

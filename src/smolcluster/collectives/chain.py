@@ -23,7 +23,11 @@ class Pollable(Protocol):
     """An agreement under way."""
 
     def poll(self) -> bool:
-        """Pass on what has arrived; whether all is done. Never blocks."""
+        """Pass on what has arrived; whether all is done. Never blocks.
+
+        Raises:
+            PeerLost: a neighbour is gone.
+        """
         ...
 
     def wait(self) -> None:
@@ -68,10 +72,8 @@ class ChainSum:
     def wait(self) -> None:
         """See Pollable."""
         if self._below is not None:
-            self._below.wait()
             self._add()
         if self._above is not None:
-            self._above.wait()
             self._take()
         for work in self._sent:
             work.wait()
@@ -91,6 +93,8 @@ class ChainSum:
         self._above = self._comm.recv(self._comm.rank + 1, self._tag, self._tensor)
 
     def _take(self) -> None:
+        assert self._above is not None
+        self._above.wait()  # raises what went wrong
         self._above = None
         self._pass_down()
 

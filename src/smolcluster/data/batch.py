@@ -20,10 +20,11 @@ class Batch:
     """Samples that one rank computes at once.
 
     Attributes:
-        inputs: (B, ...) pixels (float) or token ids (int64), on CPU. B may be 0: this rank has nothing to do.
-        targets: (B,) or (B, T) int64; NO_TARGET where nothing is to be predicted.
+        inputs: (B, ...) pixels (float) or token ids (int64), on CPU. B may be 0: this rank has nothing to do. (B, 0)
+            where it looks at no inputs.
+        targets: (B,) or (B, T) int64; NO_TARGET where nothing is to be predicted. (B, 0) where it looks at none.
         planned_count: how many targets the whole step has, over all ranks and micro-batches, as the sampler plans
-            it. The same number on every rank. 0: unknown; the step then scales by what it counts.
+            it. The same number on every rank that looks at targets. 0: unknown; the step then scales by what it counts.
         graded: (B, T) bool, only for evaluation: the targets that the accuracy is about. A sample counts as correct
             when all of its graded targets are. None: every target is graded on its own.
     """
@@ -41,8 +42,14 @@ class Batch:
 
 def read_only(batch: Batch, reads: Reads) -> Batch:
     """A batch of as many samples, without what is not looked at."""
-    nothing = torch.empty(batch.samples, 0)
-    inputs = batch.inputs if reads in ("all", "inputs") else nothing
+    nothing = unread(batch.samples)
+    inputs = batch.inputs if reads in ("all", "inputs") else nothing.inputs
     if reads in ("all", "targets"):
         return Batch(inputs, batch.targets, batch.planned_count, batch.graded)
-    return Batch(inputs, nothing)
+    return Batch(inputs, nothing.targets)
+
+
+def unread(samples: int) -> Batch:
+    """A batch of as many samples, for a rank that looks at nothing of them: (B, 0) inputs and targets."""
+    nothing = torch.empty(samples, 0)
+    return Batch(nothing, nothing)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from smolcluster.data.batch import Batch, Reads, read_only
+from smolcluster.data.batch import Batch, Reads, read_only, unread
 from smolcluster.data.datasets import Dataset
 from smolcluster.data.sampler import Sampler, micro_ranges, split_by_shares
 from smolcluster.kinds import JsonObject
@@ -214,8 +214,7 @@ def sampled_steps(
 
 def _read(dataset: Dataset, indices: Tensor, planned: int, reads: Reads) -> Batch:
     if reads == "nothing":
-        nothing = torch.empty(len(indices), 0)
-        return Batch(nothing, nothing)
+        return unread(len(indices))
     return read_only(Batch(*dataset.batch(indices), planned_count=planned), reads)
 
 
@@ -240,6 +239,6 @@ def eval_batches(
         first = start + sum(counts[:rank])
         indices = torch.arange(first, first + counts[rank])
         if reads == "nothing":
-            yield _read(dataset, indices, 0, reads)
+            yield unread(len(indices))
         else:
             yield read_only(Batch(*dataset.batch(indices), graded=dataset.graded(indices)), reads)

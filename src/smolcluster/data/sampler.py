@@ -1,8 +1,9 @@
 """Which samples a rank computes in which step: a pure function of (length, global batch, seed, shares, step, rank).
 
 An epoch is a permutation of all samples, drawn from (seed, epoch). Step after step takes the next `global_batch` of
-it, the last step of an epoch what is left. A rank's samples are a consecutive part of the step's. So the number of
-ranks and their shares decide who computes a sample, never when; and a run that resumes at step t needs nothing but t.
+it, the last step of an epoch what is left. A rank's samples are a consecutive part of the step's, or of each of its
+micro-batches (`micro_ranges`). So the number of ranks and their shares decide who computes a sample, never when; and a
+run that resumes at step t needs nothing but t.
 """
 
 from __future__ import annotations
@@ -59,13 +60,6 @@ class Sampler:
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.global_batch
         return self.epoch_order(epoch)[start : start + self.global_batch]
-
-    def rank_indices(self, step: int, rank: int) -> Tensor:
-        """The part of `global_indices(step)` that `rank` computes: (m,) int64, m may be 0."""
-        indices = self.global_indices(step)
-        counts = split_by_shares(len(indices), self.weights)
-        start = sum(counts[:rank])
-        return indices[start : start + counts[rank]]
 
     def epoch_order(self, epoch: int) -> Tensor:
         """All samples in the order of an epoch: (length,) int64. The last two asked for are kept."""

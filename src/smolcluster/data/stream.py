@@ -5,7 +5,8 @@ Idea      A source has units that can be read in any order (data/rows.py). An ep
           shuffled, by (seed, epoch, where it begins). Step after step takes the next `global_batch` windows, the last
           step of an epoch what is left. All of this depends on data, seed and global batch only, so every rank does it
           alike: it knows without a message what a step holds over all ranks, and makes tensors of its own part alone.
-Cost      Every rank reads and tokenises all of the data. Memory: one group and the prefetched steps.
+Cost      Every rank reads and tokenises all of the data, also one that looks at nothing of it: where an epoch ends, and
+          what a step holds then, comes out of that. Memory: one group and the prefetched steps.
 Resume    A place in the stream is (epoch, unit, row, window): the group that begins at that row is made anew.
 """
 
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from smolcluster.data.batch import Batch, Reads, read_only
+from smolcluster.data.batch import Batch, Reads, read_only, unread
 from smolcluster.data.datasets import WindowsDataset
 from smolcluster.data.documents import count_windows, first_windows, is_held_out, windows_of
 from smolcluster.data.loader import Step
@@ -214,6 +215,9 @@ def streamed_steps(
         planned = sum(windows.targets_per_sample(indices) for windows, indices in segments)
         total = sum(len(indices) for _, indices in segments)
         parts = micro_ranges(total, weights, rank, micro_batches, micro_first=micro_first)
+        if reads == "nothing":
+            yield [unread(len(part)) for part in parts], after.to_json()
+            continue
         batches = [read_only(_batch(_cut(segments, part.start, part.stop), planned), reads) for part in parts]
         yield batches, after.to_json()
 

@@ -272,8 +272,9 @@ def adopt_folder(model: HFModel, folder: Any, stored: Iterable[str]) -> None:
     used = _conversions(model.inner) or []
     for name in stored:
         _loaded_name(name, {}, "", used)
-    # It is saved under the names that it has in the folder.
-    model.inner._weight_conversions = [conversion for conversion in used if conversion.was_used()]
+    # It is saved under the names that it has in the folder. Until transformers 5.5 conversions do not tell whether they
+    # were used, and from_pretrained keeps all.
+    model.inner._weight_conversions = [each for each in used if not hasattr(each, "was_used") or each.was_used()]
 
 
 def _conversions(inner: Any) -> list[Any] | None:

@@ -8,7 +8,10 @@ first block that is here, and what the last one gives is taken from it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 
 from smolcluster.errors import ConfigError
 from smolcluster.models.partition import split_into_units
-from smolcluster.models.stage import Layers, replace_module
+from smolcluster.models.stage import Absent, Layers, replace_module
+
+logger = logging.getLogger(__name__)
 
 
 def find_layers(model: nn.Module, inner: Any) -> Layers:
@@ -40,45 +45,97 @@ def find_layers(model: nn.Module, inner: Any) -> Layers:
         for child, module in model.get_submodule(".".join(path[:depth])).named_children()
         if child != path[depth] and next(module.parameters(), None) is not None
     ]
-    before = _called_before(inner, blocks, beside)
-    return Layers(
-        tuple(name for name in beside if name in before), blocks, tuple(name for name in beside if name not in before)
-    )
+    for give_tuples in (False, True):
+        before = _called_before(inner, blocks, beside, give_tuples)
+        if before is not None:
+            entry = tuple(name for name in beside if name in before)
+            return Layers(entry, blocks, tuple(name for name in beside if name not in before), give_tuples)
+    raise _refusal(inner)
 
 
-def _called_before(inner: Any, blocks: tuple[str, ...], beside: list[str]) -> set[str]:
-    """Which modules beside the blocks run before them. Found by running the model with nothing in their places."""
-    calls: list[tuple[str, Tensor]] = []
+def _called_before(inner: Any, blocks: tuple[str, ...], beside: list[str], give_tuples: bool) -> set[str] | None:
+    """Which modules beside the blocks run before them. Found by running the model with nothing in their places.
+
+    Returns:
+        None if it is not true of the model that each block is given what the one before gives, in a tuple or not, and
+        nothing else of it is looked at; or if it cannot begin with embeddings, as later stages do.
+    """
     width = inner.config.get_text_config().hidden_size
     originals = {name: inner.get_submodule(name) for name in (*blocks, *beside)}
+    # Two texts of three tokens: taking the first element of a tensor, as of a tuple, gives another shape.
+    ids, embeddings = torch.zeros((2, 3), dtype=torch.int64), torch.zeros((2, 3, width))
     try:
-        for name in originals:
-            replace_module(inner, name, _Recorder(name, width, calls))
-        with torch.no_grad():
-            inner(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as exc:
-        raise _refusal(inner) from exc
-    finally:
-        for name, module in originals.items():
-            replace_module(inner, name, module)
-    order = [name for name, _ in calls]
-    # A model that takes its blocks' outputs apart has made something else of what they passed on.
-    passed = [x for name, x in calls[order.index(blocks[0]) :]] if blocks[0] in order else []
-    if [name for name in order if name in blocks] != list(blocks) or any(x.shape != (1, 2, width) for x in passed):
-        raise _refusal(inner)
+        first = _run_without(inner, originals, blocks if give_tuples else (), {"input_ids": ids})
+        later = _run_without(inner, originals, blocks if give_tuples else (), {"inputs_embeds": embeddings})
+    # StopIteration: it asks for its first parameter's dtype, and has none.
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, StopIteration) as exc:
+        logger.debug("run without its modules model=%s give_tuples=%s error=%r", type(inner).__name__, give_tuples, exc)
+        return None
+    if not (_is_chain(first, blocks, embeddings.shape) and _is_chain(later, blocks, embeddings.shape)):
+        return None
+    order = [call.name for call in first]
     return set(order[: order.index(blocks[0])])
 
 
-class _Recorder(nn.Module):
-    """Notes that it is called; passes on what it is given, and for ids gives (B, T, D) zeros."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """A module that was run, what it was given and what it gave."""
 
-    def __init__(self, name: str, width: int, calls: list[tuple[str, Tensor]]) -> None:
-        super().__init__()
-        self._name, self._width, self._calls = name, width, calls
+    name: str
+    given: Tensor
+    gave: Tensor
 
-    def forward(self, x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        self._calls.append((self._name, x))
-        return x if x.is_floating_point() else torch.zeros((1, 2, self._width))
+
+def _run_without(
+    inner: Any, modules: Mapping[str, nn.Module], giving_tuples: tuple[str, ...], inputs: Mapping[str, Tensor]
+) -> list[_Call]:
+    """Run a model with stand-ins for some of its modules; which of them ran, in order."""
+    calls: list[_Call] = []
+
+    def note(name: str, args: tuple[Any, ...], out: Any) -> Any:
+        if "input_ids" in inputs and not args[0].is_floating_point():
+            out = torch.zeros((*inputs["input_ids"].shape, inner.config.get_text_config().hidden_size))
+        calls.append(_Call(name, args[0], out))
+        return _FirstOnly((out,)) if name in giving_tuples else out
+
+    try:
+        for name, module in modules.items():
+            stand_in = Absent(module)
+            stand_in.register_forward_hook(lambda _module, args, out, name=name: note(name, args, out))
+            replace_module(inner, name, stand_in)
+        with torch.no_grad():
+            inner(**inputs, use_cache=False)
+    finally:
+        for name, module in modules.items():
+            replace_module(inner, name, module)
+    return calls
+
+
+def _is_chain(calls: list[_Call], blocks: tuple[str, ...], shape: torch.Size) -> bool:
+    """Whether all blocks ran, each on what the one before gave; the first one and the exit on (B, T, D)."""
+    ran = [call for call in calls if call.name in blocks]
+    if [call.name for call in ran] != list(blocks):
+        return False
+    if any(after.given is not before.gave for before, after in itertools.pairwise(ran)):
+        return False
+    return all(call.given.shape == shape for call in calls[calls.index(ran[0]) :])
+
+
+class _FirstOnly(tuple[Tensor]):
+    """A tuple at whose first element may be looked, and at nothing else: that would come from no other rank."""
+
+    __slots__ = ()
+
+    def __getitem__(self, index: Any) -> Any:
+        if index != 0:
+            raise IndexError("more than the first of what a block gives")
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        raise TypeError("all of what a block gives")
+
+    def __len__(self) -> int:
+        raise TypeError("how much a block gives")
 
 
 def _refusal(inner: Any) -> ConfigError:
@@ -100,7 +157,8 @@ def run_layers(inner: Any, every: Layers, x: Tensor, layers: range) -> Tensor:
         if not is_last:
             stack.enter_context(_taking(blocks, layers.stop - 2, given))
         # Later stages: for the shapes of masks and positions, and for nothing else.
-        given_in = {"input_ids": x} if is_first else {"inputs_embeds": x.detach()}
+        # Not x itself, which some models would scale in place.
+        given_in = {"input_ids": x} if is_first else {"inputs_embeds": torch.zeros_like(x)}
         out = inner(**given_in, use_cache=False)
     logits: Tensor = out.logits
     return logits if is_last else given[0]

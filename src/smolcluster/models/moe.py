@@ -4,7 +4,8 @@ Idea      Each block has E feed-forward networks (experts) in place of one. A ro
           for every token; the token goes to its `top_k` likeliest experts, and what they give is added up, weighted by
           their probabilities. So a model has the parameters of E experts and costs the time of `top_k`. Left alone, a
           router sends ever more tokens to the experts that learnt first; a load-balancing loss works against it, and
-          `capacity_factor` bounds what an expert takes. Tokens beyond it pass by on the residual stream.
+          `capacity_factor` bounds what an expert takes: a token beyond it does without, and passes by on the residual
+          stream if no other expert takes it.
 Names     B batch   T time (tokens)   D model   F feed-forward   V vocab   E experts   C choices (top_k)
           N tokens of this rank (B * T)   M their assignments that experts take   A assignments that experts here
           compute   R ranks
@@ -132,7 +133,7 @@ class Routing:
         tokens: of this rank.
         all_tokens: of all ranks.
         own_counts: (E,), this rank's assignments by expert, before any is dropped; on the CPU.
-        dropped: this rank's assignments that no expert took.
+        dropped: (), this rank's tokens that at least one of their experts had no room for.
     """
 
     balance: Tensor
@@ -140,7 +141,7 @@ class Routing:
     tokens: int
     all_tokens: int
     own_counts: Tensor
-    dropped: int
+    dropped: Tensor
 
 
 class Router(nn.Module):
@@ -206,10 +207,10 @@ class MoELayer(nn.Module):
 
         assigned_NE = torch.zeros_like(probabilities_NE, dtype=torch.int64).scatter_(1, chosen_NC, 1)
         counts_RE = self.exchange.all_counts(assigned_NE.sum(dim=0))
-        order_M, kept_RE = self._admit(chosen_NC, assigned_NE, counts_RE)
+        order_M, kept_RE, dropped = self._admit(chosen_NC, assigned_NE, counts_RE)
         if self.training:
             # Also where it is not kept: activation checkpointing wants the same computation in backward again.
-            routing = self._note(logits_NE, probabilities_NE, counts_RE, kept_RE)
+            routing = self._note(logits_NE, probabilities_NE, counts_RE, dropped)
             self.routing = routing if self.notes else None
 
         rows_MD = _in_autocast_dtype(x_ND.index_select(0, order_M // self.config.top_k))
@@ -223,22 +224,26 @@ class MoELayer(nn.Module):
         out_BTD: Tensor = (places_NCD * weights_NC.unsqueeze(-1)).sum(dim=1).to(x_BTD.dtype).view(x_BTD.shape)
         return out_BTD
 
-    def _admit(self, chosen_NC: Tensor, assigned_NE: Tensor, counts_RE: Tensor) -> tuple[Tensor, Tensor]:
-        """Which assignments experts take: their places in `chosen_NC`, (M,), by expert; and how many, (R, E).
+    def _admit(self, chosen_NC: Tensor, assigned_NE: Tensor, counts_RE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which assignments experts take.
 
         Experts take them in the order of the global batch, so that it does not matter how many ranks it is dealt to.
+
+        Returns:
+            Their places in `chosen_NC`, (M,), by expert; how many each rank has of them, (R, E); and how many tokens of
+            this rank at least one of their experts has no room for, ().
         """
         experts = chosen_NC.flatten()
         if not self.training or self.config.capacity_factor is None:
-            return experts.argsort(stable=True), counts_RE
+            return experts.argsort(stable=True), counts_RE, experts.new_zeros(())
         total, experts_number = int(counts_RE.sum()), self.config.num_experts
         capacity = math.ceil(self.config.capacity_factor * total / experts_number)
         before_RE = counts_RE.cumsum(dim=0) - counts_RE
         kept_RE = (capacity - before_RE).clamp(min=0).minimum(counts_RE)
         place_NE = before_RE[self.exchange.rank].to(experts.device) + assigned_NE.cumsum(dim=0) - assigned_NE
-        is_taken = (place_NE < capacity).gather(1, chosen_NC).flatten()
-        order = torch.where(is_taken, experts, experts_number).argsort(stable=True)
-        return order[: int(kept_RE[self.exchange.rank].sum())], kept_RE
+        is_taken_NC = (place_NE < capacity).gather(1, chosen_NC)
+        order = torch.where(is_taken_NC.flatten(), experts, experts_number).argsort(stable=True)
+        return order[: int(kept_RE[self.exchange.rank].sum())], kept_RE, (~is_taken_NC).any(dim=1).sum()
 
     def _compute(self, rows_AD: Tensor, rows_of: list[int]) -> Tensor:
         """Each expert here on its rows. One without rows too: its gradient is zero then, on any number of ranks."""
@@ -251,17 +256,16 @@ class MoELayer(nn.Module):
         wants_grad = torch.is_grad_enabled() and any(param.requires_grad for param in self.experts.parameters())
         return rows_AD.requires_grad_() if wants_grad and not rows_AD.requires_grad else rows_AD
 
-    def _note(self, logits_NE: Tensor, probabilities_NE: Tensor, counts_RE: Tensor, kept_RE: Tensor) -> Routing:
+    def _note(self, logits_NE: Tensor, probabilities_NE: Tensor, counts_RE: Tensor, dropped: Tensor) -> Routing:
         total = int(counts_RE.sum())
         fractions_E = (counts_RE.sum(dim=0).double() / max(total, 1)).to(probabilities_NE)
-        own_E = counts_RE[self.exchange.rank]
         return Routing(
             balance=self.config.num_experts * (fractions_E * probabilities_NE.sum(dim=0)).sum(),
             z=logits_NE.logsumexp(dim=-1).square().sum(),
             tokens=len(logits_NE),
             all_tokens=total // self.config.top_k,
-            own_counts=own_E,
-            dropped=int((own_E - kept_RE[self.exchange.rank]).sum()),
+            own_counts=counts_RE[self.exchange.rank],
+            dropped=dropped,
         )
 
     def _noise(self, samples: int, tokens: int) -> Tensor:
@@ -328,7 +332,8 @@ class MoE(nn.Module):
         self.blocks = nn.ModuleList(Block(config, number, seed) for number in range(config.num_layers))
         self.norm = nn.LayerNorm(config.model_dim, eps=NORM_EPS)
         self._losses: Tensor | None = None  # (2,), sums of `balance` and `z`
-        self._numbers = torch.zeros(2 + config.num_layers * config.num_experts, dtype=torch.int64)
+        self._dropped: Tensor | None = None  # (), on the model's device: to fetch it for each layer would stall a GPU
+        self._numbers = torch.zeros(1 + config.num_layers * config.num_experts, dtype=torch.int64)
         init_parameters(self, seed)
 
     def init_rule(self, name: str) -> InitRule:
@@ -410,17 +415,19 @@ class MoE(nn.Module):
             total = total + weighted * (targets / max(routing.all_tokens, 1))
             losses = torch.stack([routing.balance.detach(), routing.z.detach()])
             self._losses = losses if self._losses is None else self._losses + losses
+            self._dropped = routing.dropped if self._dropped is None else self._dropped + routing.dropped
             self._numbers[0] += routing.tokens
-            self._numbers[1] += routing.dropped
-            begin = 2 + number * self.config.num_experts
+            begin = 1 + number * self.config.num_experts
             self._numbers[begin : begin + self.config.num_experts] += routing.own_counts
         return total
 
     def take_sums(self) -> Tensor:
         """What was noted since the last call, to be added up over ranks: (n,) float64 on the CPU. Blocks."""
         losses = torch.zeros(2) if self._losses is None else self._losses.cpu()
-        sums = torch.cat([losses.double(), self._numbers.double()])
-        self._losses = None
+        dropped = torch.zeros(()) if self._dropped is None else self._dropped.cpu()
+        tokens, counts = self._numbers[:1], self._numbers[1:]
+        sums = torch.cat([losses.double(), tokens.double(), dropped.double()[None], counts.double()])
+        self._losses = self._dropped = None
         self._numbers.zero_()
         return sums
 
@@ -428,7 +435,8 @@ class MoE(nn.Module):
         """Of `take_sums`, added up over ranks.
 
         `moe/aux_loss` is the load-balancing loss without its weight, a mean over the layers: 1 where the load is even.
-        `moe/expert_load_max` is the largest load of an expert of any layer, over the even load.
+        `moe/expert_load_max` is the largest load of an expert of any layer, over the even load. `moe/dropped_tokens`
+        are the tokens that at least one of their experts had no room for, once for each layer where that was so.
         """
         balance, z, tokens, dropped = sums[:_SUMS].tolist()
         counts_LE = sums[_SUMS:].view(self.config.num_layers, self.config.num_experts)

@@ -1,8 +1,10 @@
 """Where a model is cut into stages: so that no stage takes longer than it must, and none needs more memory than it has.
 
-A layer's time is taken as proportional to the multiplications that it makes per token: a matrix counts with its size,
-an embedding that is only looked up in does not, the same matrix as a head does. What layers really take can be measured
-instead. A split is found exactly, by dynamic programming over (stages, layers).
+A layer's time is taken as proportional to the multiplications of parameters that it makes per token: a matrix counts
+with its size, an embedding that is only looked up in does not, the same matrix as a head does. That is what differs
+between the layers of a transformer on texts of one length. It does not see what attention multiplies with each other,
+nor at how many positions a convolution applies its weights. What layers really take can be measured instead
+(training/layer_times.py). A split is found exactly, by dynamic programming over (stages, layers).
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ class LayerCost:
 
 
 def layer_costs(model: nn.Module, layers: Layers) -> list[LayerCost]:
-    """The costs of a model's layers, by the sizes of their matrices; parameters may be on the meta device."""
+    """The costs of a model's layers, by the sizes of their matrices; parameters may be on the meta device.
+
+    A convolution counts as if it were applied at one position: in a model whose images become smaller from layer to
+    layer the first ones take longer than this says, so measure those.
+    """
     costs = []
     for layer in range(len(layers)):
         parameters = sum(param.numel() for param in layer_parameters(model, layers, layer).values())
@@ -103,6 +109,22 @@ def split_by_cost(
         cuts.append(row[cuts[-1]][2])
     cuts.reverse()
     return [range(begin, end) for begin, end in itertools.pairwise(cuts)]
+
+
+def needed_room(parameters: Sequence[int], limits: Sequence[float]) -> float:
+    """The smallest number that all limits have to be multiplied with so that a split exists; 1 or less: it does.
+
+    Args:
+        parameters: how many numbers each layer has.
+        limits: how many each stage has room for; more than 0.
+
+    Raises:
+        ConfigError: there are fewer layers than stages.
+    """
+    # A split by time, where a stage takes as long as it is full.
+    shares = [[held / limit for held in parameters] for limit in limits]
+    split = split_by_cost(shares, parameters)
+    return max(sum(parameters[layer] for layer in part) / limit for part, limit in zip(split, limits, strict=True))
 
 
 def split_by_blocks(blocks: Sequence[int], layers: Layers, stages_per_rank: int = 1) -> list[range]:

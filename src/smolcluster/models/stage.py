@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from smolcluster.errors import ConfigError
 
+# Of an attribute that says what a module is. Not those that may hold tensors: a stand-in would keep them in memory.
+_PLAIN = (bool, int, float, str, type(None))
+
 
 @dataclass(frozen=True, slots=True)
 class Layers:
@@ -26,11 +29,13 @@ class Layers:
         entry: of layer 0; may be none.
         blocks: of layers 1, 2, …: one each.
         exit: of the last layer; may be none.
+        give_tuples: each block gives a tuple, of which the model takes the first element and looks at no other.
     """
 
     entry: tuple[str, ...]
     blocks: tuple[str, ...]
     exit: tuple[str, ...]
+    give_tuples: bool = False
 
     def __len__(self) -> int:
         """How many layers there are, entry and exit included."""
@@ -141,7 +146,8 @@ class Stage:
         for layer in range(len(every)):
             for name in every.modules(layer):
                 if name not in kept:
-                    replace_module(model, name, Absent())
+                    gives_tuple = every.give_tuples and name in every.blocks
+                    replace_module(model, name, Absent(model.get_submodule(name), gives_tuple=gives_tuple))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the layers; see `Divisible.forward_layers`."""
@@ -155,11 +161,31 @@ class Stage:
 
 
 class Absent(nn.Module):
-    """Stands where a module was that another rank has: passes on what it is given; in an embedding's place gives 0."""
+    """Stands where a module was that another rank has: passes on what it is given; in an embedding's place gives 0.
 
-    def forward(self, x: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-        """`x` itself, or () if these are ids."""
-        return x if x.is_floating_point() else torch.zeros((), device=x.device)
+    A model may look at a block before it calls it, as at its kind of attention to choose a mask. So what stands for a
+    block has its plain attributes, and its parts have those of the block's parts; no parameters and no buffers.
+    """
+
+    def __init__(self, module: nn.Module, *, gives_tuple: bool = False) -> None:
+        """Stand for a module, and keep nothing of it alive.
+
+        Args:
+            module: whose place it is.
+            gives_tuple: give (x,), as the module does.
+        """
+        super().__init__()
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, _PLAIN):
+                setattr(self, name, value)
+        for name, part in module.named_children():
+            self.add_module(name, Absent(part))
+        self._gives_tuple = gives_tuple
+
+    def forward(self, x: Tensor, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
+        """`x` itself, or () if these are ids; in a tuple where the module gives one."""
+        out = x if x.is_floating_point() else torch.zeros((), device=x.device)
+        return (out,) if self._gives_tuple else out
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -95,23 +95,35 @@ class Start:
         progress: this rank's.
         global_batch: samples of a step over all ranks: that of the first start, whatever their number is now.
         position: where the data goes on.
+        split: the layers of each stage that are to stay as they were; None: they are decided anew.
     """
 
     state: StateReader
     progress: Progress
     global_batch: int
     position: JsonObject
+    split: Sequence[range] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A rank that is ready to train its `steps`. `loader` is to be closed; `optimizers` is what the strategy made."""
+    """A rank that is ready to train its `steps`.
+
+    Attributes:
+        steps: updates of the whole run.
+        trainer: runs them.
+        strategy: the algorithm.
+        loader: of this rank's samples; to be closed.
+        optimizers: what the strategy made.
+        split: the layers of each stage over all ranks, where layers are divided.
+    """
 
     steps: int
     trainer: Trainer
     strategy: Strategy
     loader: BatchLoader
     optimizers: Sequence[torch.optim.Optimizer]
+    split: Sequence[range] | None = None
 
 
 def prepare(config: Config, rank: int, names: Sequence[str], local_rank: int = 0) -> Parts:
@@ -194,11 +206,13 @@ def assemble(
     global_batch = parts.global_batch if start is None else start.global_batch
     steps = _steps(config, parts.data, global_batch)
     optimizers: list[torch.optim.Optimizer] = []
-    strategy = _strategy(parts, steps, comm, _remembering(_optimizer_factory(config), optimizers), skip_nonfinite, say)
+    is_staged = config.algorithm in STAGED
+    split = _split(parts, comm, None if start is None else start.split, say) if is_staged else None
+    factory = _remembering(_optimizer_factory(config), optimizers)
+    strategy = _strategy(parts, steps, comm, factory, skip_nonfinite, split)
     if start is not None:
         strategy.load_state(start.state)
         load_rng_state(start.state, rank, world_size, parts.device, config.cluster.seed)
-    is_staged = config.algorithm in STAGED
     # Where layers are divided all ranks compute the same samples, and look at what their layers need of them.
     share, weights = (0, [1.0]) if is_staged else (rank, parts.weights)
     reads = _reads(rank, world_size) if is_staged else "all"
@@ -229,7 +243,7 @@ def assemble(
         checkpoint_steps=config.checkpoint.steps,
         start=progress,
     )
-    return Assembly(steps, trainer, strategy, loader, optimizers)
+    return Assembly(steps, trainer, strategy, loader, optimizers, split)
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,13 +373,35 @@ def _steps(config: Config, data: TrainingData, global_batch: int) -> int:
     return total_steps(config, 0 if only_max_steps else data.steps_per_epoch(global_batch))
 
 
+def _split(
+    parts: Parts, comm: Communicator, kept: Sequence[range] | None, say: Callable[[str], None] | None
+) -> list[range]:
+    """The layers of each stage, over all ranks; shows the user what they are."""
+    split = decide_split(
+        parts.config,
+        parts.model,
+        parts.data,
+        comm,
+        blocks=parts.blocks,
+        speeds=parts.weights,
+        device=parts.device,
+        kept=kept,
+        say=say,
+    )
+    layers = describe_split(split, parts.model, comm.world_size)
+    logger.info("layers %s", layers)
+    if say is not None:
+        say(layers)
+    return split
+
+
 def _strategy(
     parts: Parts,
     steps: int,
     comm: Communicator,
     optimizers: OptimizerFactory,
     skip_nonfinite: bool,
-    say: Callable[[str], None] | None,
+    split: Sequence[range] | None,
 ) -> Strategy:
     config = parts.config
     training, cluster = config.training, config.cluster
@@ -414,19 +450,6 @@ def _strategy(
             values=parts.values,
         )
     if config.algorithm in STAGED:
-        split = decide_split(
-            config,
-            parts.model,
-            parts.data,
-            comm,
-            blocks=parts.blocks,
-            speeds=parts.weights,
-            device=parts.device,
-        )
-        layers = describe_split(split, parts.model, comm.world_size)
-        logger.info("layers %s", layers)
-        if say is not None:
-            say(layers)
         arguments: dict[str, Any] = {
             "split": split,
             "staleness_bound": resolved_staleness_bound(config) or 0,

@@ -6,6 +6,7 @@ The top imports no torch: the process that starts ranks needs it only to verify 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +64,8 @@ class RunMeta(BaseModel):
     """How often the run was resumed before."""
     collectives: dict[str, JsonValue] | None = None
     """How tensors were cut when they were reduced (collectives/plan.py), which decides a sum's last bits."""
+    layer_cuts: list[NonNegativeInt] | None = None
+    """mp, mp_pipeline: the first layer of each stage, and the number of layers. Older checkpoints do not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,24 @@ def check_same_run(point: ResumePoint, config: Config) -> None:
                 f"{name} is {now!r}, but the run that {point.checkpoint} is of has {before!r}. Leave it as it was, or "
                 "start a new run without --resume"
             )
+
+
+def kept_split(meta: RunMeta, config: Config, world_size: int) -> list[range] | None:
+    """The layers of each stage that the run had, if they are to stay; None: they are decided anew.
+
+    With as many ranks as before they stay, whatever is measured now, so that what follows has the same bits; unless the
+    user has changed what they were decided by.
+
+    Args:
+        meta: of the checkpoint.
+        config: of the run that goes on.
+        world_size: its ranks.
+    """
+    before, now = meta.config.cluster, config.cluster
+    is_changed = before.shares != now.shares or before.layer_distribution != now.layer_distribution
+    if meta.layer_cuts is None or meta.world_size != world_size or is_changed:
+        return None
+    return [range(begin, end) for begin, end in itertools.pairwise(meta.layer_cuts)]
 
 
 def out_of(point: ResumePoint, out: Path | None) -> Path:

@@ -25,7 +25,7 @@ from smolcluster.monitoring.metrics import EverySteps
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.trace import OptimizerSpans, RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
-from smolcluster.run.resume import RunMeta, RunProgress
+from smolcluster.run.resume import RunMeta, RunProgress, kept_split
 from smolcluster.run.support import STAGED
 from smolcluster.training.rng import rng_state
 from smolcluster.training.role import RunContext, TrainerRole
@@ -95,10 +95,12 @@ def run_rank(
         parts,
         comm,
         save=None if saver is None else saver.save,
-        start=None if reader is None or meta is None else _start(reader, meta, comm),
+        start=None if reader is None or meta is None else _start(reader, meta, parts, comm),
         skip_nonfinite=skip_nonfinite,
         say=say,
     )
+    if saver is not None:
+        saver.split = assembly.split
     (optimizer,) = assembly.optimizers
     cluster = parts.config.cluster
     links = measure_links(comm, cluster.metrics_log_interval) if cluster.track_network_metrics else None
@@ -155,7 +157,8 @@ def _report(assembly: Assembly, result: TrainResult, comm: Communicator) -> tupl
     if isinstance(strategy, DividesModel):
         holds_whole = strategy.holds_whole_model
         sha256: str | None = _divided_sha256(strategy, comm) if not holds_whole else weights_sha256(strategy.model)
-        own_sha256 = sha256 if holds_whole else None
+        # A rank that is alone has all of it, even where no module does.
+        own_sha256 = sha256 if holds_whole or comm.world_size == 1 else None
         parameter_bytes, gradient_bytes, state_bytes = strategy.held_bytes()
     else:
         params = list(strategy.model.parameters())
@@ -207,7 +210,7 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.detach().untyped_storage()
 
 
-def _start(reader: SharedReader, meta: RunMeta, comm: Communicator) -> Start:
+def _start(reader: SharedReader, meta: RunMeta, parts: Parts, comm: Communicator) -> Start:
     """Where this rank goes on. Samples that lost ranks had computed count as rank 0's, so that the sum stays."""
     rank_samples = [0] * comm.world_size
     for rank, samples in enumerate(meta.rank_samples):
@@ -215,11 +218,16 @@ def _start(reader: SharedReader, meta: RunMeta, comm: Communicator) -> Start:
     if meta.config.algorithm in STAGED:  # all ranks computed the same ones
         rank_samples = [meta.progress.samples] * comm.world_size
     progress = Progress(**meta.progress.model_dump() | {"rank_samples": rank_samples[comm.rank]})
-    return Start(reader, progress, meta.global_batch, meta.position)
+    split = kept_split(meta, parts.config, comm.world_size)
+    return Start(reader, progress, meta.global_batch, meta.position, split)
 
 
 class _Saver:
-    """Writes checkpoints; every rank has one, since every rank holds a part of the state."""
+    """Writes checkpoints; every rank has one, since every rank holds a part of the state.
+
+    Attributes:
+        split: the layers of each stage, where layers are divided; known once they are.
+    """
 
     def __init__(
         self,
@@ -234,6 +242,7 @@ class _Saver:
         self._folder = folder
         self._restarts = restarts
         self._deliver = deliver
+        self.split: Sequence[range] | None = None
 
     def save(self, strategy: Strategy, loader: BatchLoader, progress: Progress) -> None:
         """Write one; blocks until it is on the disk. Every rank calls it at the same step."""
@@ -254,6 +263,7 @@ class _Saver:
             position=loader.position(),
             restarts=self._restarts,
             collectives=comm.plan.to_json() if isinstance(comm, TcpCommunicator) else None,
+            layer_cuts=None if self.split is None else [0, *(stage.stop for stage in self.split)],
         )
         save_from_all_ranks(comm, self._folder, progress.steps, shards, meta.model_dump(mode="json"), self._confirm)
         if self._folder is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from smolcluster.kinds import Precision
 from smolcluster.models.stage import Layers, Stage
+from smolcluster.training.modules import move_buffers
 from smolcluster.training.step import AUTOCAST_DTYPES
 
 # The first round brings memory and kernels up; of the others the fastest counts, as everything else is disturbance.
@@ -58,6 +59,7 @@ def _kind(block: nn.Module) -> tuple[object, ...]:
 
 
 def _fill(stage: Stage, precision: Precision, device: torch.device | str) -> None:
+    move_buffers(stage.module, device, precision)
     made: dict[int, nn.Parameter] = {}
     for module in stage.module.modules():
         for name, param in module._parameters.items():
@@ -67,10 +69,6 @@ def _fill(stage: Stage, precision: Precision, device: torch.device | str) -> Non
                     values = torch.empty(param.shape, dtype=dtype, device=device).normal_(0.0, _STD)
                     made[id(param)] = nn.Parameter(values)
                 module._parameters[name] = made[id(param)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                is_wide = precision == "fp64" and buffer.is_floating_point()
-                module._buffers[name] = buffer.to(device, torch.float64 if is_wide else None)
 
 
 def _time(stage: Stage, x: Tensor, precision: Precision) -> tuple[float, Tensor]:

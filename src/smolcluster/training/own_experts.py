@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +13,9 @@ from smolcluster.errors import ConfigError
 from smolcluster.kinds import Precision
 from smolcluster.models.moe import moe_layers
 from smolcluster.models.partition import Unit, split_into_units
-from smolcluster.training.optim import optimizer_state, set_optimizer_state
-from smolcluster.training.restore import check_dtype, check_names, check_shape, slot_value, slots_of
+from smolcluster.training.modules import bring_to_first, buffers_of, move_buffers, parameter_names
+from smolcluster.training.optim import optimizer_state
+from smolcluster.training.restore import Part, load_parts
 from smolcluster.training.step import Shard, StateReader
 
 _PARAMETER_TAG = 2**29 + 41
@@ -61,10 +60,7 @@ class OwnExperts:
                 "choose algorithm classicdp"
             )
         self.model = model.train()
-        self.names = [name for name, _ in model.named_parameters()]
-        firsts = {id(param): name for name, param in model.named_parameters()}
-        further = model.named_parameters(remove_duplicate=False)
-        self.aliases = {name: firsts[id(param)] for name, param in further if name != firsts[id(param)]}
+        self.names, self.aliases = parameter_names(model)
         self.owners: dict[str, int] = {}
         for layer_name, layer in layers.items():
             for rank, experts in enumerate(expert_ranges(len(layer.experts), comm.world_size)):
@@ -75,7 +71,9 @@ class OwnExperts:
         self._comm = comm
         self._device = device
         self._dtype = torch.float64 if precision == "fp64" else None
-        self._move_buffers()
+        move_buffers(model, device, precision)
+        for buffer in model.buffers():
+            comm.broadcast(buffer).wait()
         given = {name: param.detach() for name, param in model.named_parameters()}
         if values is not None:
             self._build(values)
@@ -87,7 +85,7 @@ class OwnExperts:
             self._divide(given)
         self.params = {name: self.params[name] for name in self.names if name in self.params}
 
-    def brings(self, name: str) -> bool:
+    def answers_for(self, name: str) -> bool:
         """Whether this rank answers for a parameter: what all ranks have counts once, on rank 0."""
         return name in self.params and self._comm.rank == self.owners.get(name, 0)
 
@@ -109,25 +107,17 @@ class OwnExperts:
         name = self.aliases.get(name, name)
         if name not in self.names:
             raise KeyError(name)
-        owner = self.owners.get(name, 0)
-        if self._comm.rank == owner:
-            value = self.params[name].detach().cpu()
-            if owner == 0:
-                return value
-            self._comm.send(value, 0, _PARAMETER_TAG).wait()
-        elif self._comm.rank == 0:
-            return self._comm.recv(owner, _PARAMETER_TAG).result()[0]
-        return None
+        return bring_to_first(self._comm, self.params.get(name), self.owners.get(name, 0), _PARAMETER_TAG)
 
     # ---- checkpoints
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
         """Weights, buffers and optimizer state that this rank answers for. Shares their memory."""
-        brought = {name: param for name, param in self.params.items() if self.brings(name)}
+        brought = {name: param for name, param in self.params.items() if self.answers_for(name)}
         found = {f"model/{name}": Shard(param.detach(), "param") for name, param in brought.items()}
         found |= optimizer_state(optimizer, {name: param for name, param in brought.items() if param.requires_grad})
         if self._comm.rank == 0:
-            found |= {f"model/{name}": Shard(buffer, "buffer") for name, buffer in self._buffers().items()}
+            found |= {f"model/{name}": Shard(buffer, "buffer") for name, buffer in buffers_of(self.model).items()}
             for alias, name in self.aliases.items():
                 shape = tuple(self.params[name].shape)
                 found[f"model/{alias}"] = Shard(torch.empty(0), "param", shape, alias_of=f"model/{name}")
@@ -139,41 +129,14 @@ class OwnExperts:
         Raises:
             CheckpointError: it is of another model.
         """
-        buffers = self._buffers()
-        check_names(reader, {*self.names, *self.aliases, *buffers})
-        for name, buffer in buffers.items():
-            check_shape(reader, name, tuple(buffer.shape))
-            buffer.copy_(reader.read(f"model/{name}"))
-        slots = slots_of(reader)
-        states: dict[str, dict[str, Any]] = {}
-        for name in self.names:
-            shape = tuple(self.model.get_parameter(name).shape)
-            check_shape(reader, name, shape)
-            value = self.read(reader, f"model/{name}", name)
-            if value is not None:
-                check_dtype(name, value, self.params[name])
-                with torch.no_grad():
-                    self.params[name].copy_(value)
-            for slot in slots.get(name, ()):
-                full = f"optim/{name}/{slot}"
-                if reader.shape(full) == shape and math.prod(shape) != 1:
-                    state: Any = self.read(reader, full, name)
-                else:
-                    state = slot_value(reader.read(full), shape)
-                if name in self.params and self.params[name].requires_grad:
-                    states.setdefault(name, {})[slot] = state
-        if slots:
-            set_optimizer_state(optimizer, {**self.shared(), **self.experts()}, states)
-
-    def read(self, reader: StateReader, full_name: str, name: str) -> Tensor | None:
-        """A tensor of the size of a parameter, where this rank has that."""
-        param = self.params.get(name)
-        stored = reader.read_slice(full_name, 0, 0 if param is None else param.numel())
-        return None if param is None else stored.view(param.shape)
-
-    def _buffers(self) -> dict[str, Tensor]:
-        parameters = {*self.names, *self.aliases}
-        return {name: buffer for name, buffer in self.model.state_dict().items() if name not in parameters}
+        load_parts(
+            reader,
+            optimizer,
+            shapes={name: tuple(self.model.get_parameter(name).shape) for name in self.names},
+            aliases=self.aliases,
+            parts={name: Part(0, param) for name, param in self.params.items()},
+            buffers=buffers_of(self.model),
+        )
 
     # ---- making
 
@@ -213,11 +176,3 @@ class OwnExperts:
                 if param is old:
                     module._parameters[key] = new
         return new
-
-    def _move_buffers(self) -> None:
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._comm.broadcast(buffer).wait()
-                    dtype = self._dtype if buffer.is_floating_point() else None
-                    module._buffers[name] = buffer.to(self._device, dtype).contiguous()

@@ -14,6 +14,7 @@ from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonValue, Precision
 from smolcluster.models.partition import Unit
 from smolcluster.models.stage import Stage, layer_parameters, layers_of, tied_parameters
+from smolcluster.training.modules import buffers_of, move_buffers, parameter_names
 
 
 class OwnStages:
@@ -59,10 +60,7 @@ class OwnStages:
                 f"the stages {[list(part) for part in split]} are not the model's {len(every)} layers in order"
             )
         self.tied = tied_parameters(model, every)
-        self.names = [name for name, _ in model.named_parameters()]
-        firsts = {id(param): name for name, param in model.named_parameters()}
-        further = model.named_parameters(remove_duplicate=False)
-        self.aliases = {name: firsts[id(param)] for name, param in further if name != firsts[id(param)]}
+        self.names, self.aliases = parameter_names(model)
         self.number = len(split)
         self._comm = comm
         self._device = device
@@ -72,7 +70,7 @@ class OwnStages:
             raise ConfigError(
                 "the model has parameters on the meta device. Pass values=, which gives those of each unit"
             )
-        _move_buffers(model, torch.device("cpu"), precision)
+        move_buffers(model, torch.device("cpu"), precision)
         for buffer in model.buffers():
             comm.broadcast(buffer).wait()
         self.model = model.train()
@@ -81,7 +79,7 @@ class OwnStages:
         self._installed: Mapping[str, nn.Parameter] = {}
         self._places: dict[str, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
         for stage in self.own.values():
-            _move_buffers(stage.module, device, precision)
+            move_buffers(stage.module, device, precision)
             self._find_places(stage)
         self.params: dict[str, nn.Parameter] = {}
         dtype = torch.float64 if precision == "fp64" else None
@@ -116,7 +114,7 @@ class OwnStages:
             for held, key in self._places[name]:
                 held[key] = param
 
-    def brings(self, name: str) -> bool:
+    def answers_for(self, name: str) -> bool:
         """Whether this rank answers for a parameter: one that two ranks have counts once, on the first."""
         return name in self.params and not (name in self.tied and self._comm.rank > 0)
 
@@ -129,11 +127,10 @@ class OwnStages:
             for layer in range(len(part))
             for module in part.modules(layer)
         }
-        parameters = {*self.names, *self.aliases}
-        own = {name: tensor for stage in self.own.values() for name, tensor in stage.module.state_dict().items()}
-        for name in self.model.state_dict():
+        own = {name: tensor for stage in self.own.values() for name, tensor in buffers_of(stage.module).items()}
+        for name in buffers_of(self.model):
             is_of_layer = any(name.startswith(prefix) for prefix in in_layers)
-            if name not in parameters and name in own and (is_of_layer or self._comm.rank == 0):
+            if name in own and (is_of_layer or self._comm.rank == 0):
                 found[name] = own[name]
         return found
 
@@ -166,7 +163,7 @@ class OwnStages:
                 self.install({name: self.params[name]})
 
     def _check(self) -> None:
-        mine: JsonValue = [[name for name in self.params if self.brings(name)], list(self.buffers())]
+        mine: JsonValue = [[name for name in self.params if self.answers_for(name)], list(self.buffers())]
         each = cast("list[tuple[list[str], list[str]]]", self._comm.exchange(mine))
         self.owners = {name: rank for rank, (names, _) in enumerate(each) for name in names}
         self._buffer_owners = {name: rank for rank, (_, names) in enumerate(each) for name in names}
@@ -184,11 +181,3 @@ def _move_to_meta(model: nn.Module) -> dict[str, Tensor]:
                     made[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
                 module._parameters[key] = made[id(param)]
     return given
-
-
-def _move_buffers(model: nn.Module, device: torch.device | str, precision: Precision) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                is_wide = precision == "fp64" and buffer.is_floating_point()
-                module._buffers[name] = buffer.to(device, torch.float64 if is_wide else None).contiguous()

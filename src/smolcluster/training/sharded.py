@@ -22,8 +22,8 @@ from smolcluster.collectives.shards import Bucket, Described, Piece, divide_tabl
 from smolcluster.errors import CollectiveMismatch, ConfigError
 from smolcluster.kinds import Precision
 from smolcluster.models.partition import Unit
-from smolcluster.training.optim import set_optimizer_state
-from smolcluster.training.restore import check_dtype, check_names, check_shape, slot_value, slots_of
+from smolcluster.training.modules import buffers_of, move_buffers, parameter_names
+from smolcluster.training.restore import Part, load_parts
 from smolcluster.training.step import AUTOCAST_DTYPES, SCALER, LossScaler, Shard, StateReader, squares_of
 
 # Modules whose matrices autocast casts in every forward: those may be gathered in half precision.
@@ -59,24 +59,14 @@ def make_shards(
     Raises:
         ConfigError: parameters are on the meta device, and nobody says what their values are.
     """
-    names = [name for name, _ in model.named_parameters()]
-    by_id = {id(param): name for name, param in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    aliases = {name: by_id[id(param)] for name, param in every if name != by_id[id(param)]}
+    names, aliases = parameter_names(model)
     tables = _find_tables(model, units, precision, bucket_bytes, comm.world_size) if is_freed else {}
     described, drawn = _describe(model, units, tables, precision)
     params, given = _replace_parameters(model, device, names, described)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                floating = precision == "fp64" and buffer.is_floating_point()
-                module._buffers[name] = buffer.to(device, torch.float64 if floating else None)
+    move_buffers(model, device, precision)
     model.train()
     for buffer in model.buffers():
-        copy = buffer.contiguous()
-        comm.broadcast(copy).wait()
-        if copy is not buffer:
-            buffer.copy_(copy)
+        comm.broadcast(buffer).wait()
     if values is None and any(tensor.is_meta for tensor in given.values()):
         raise ConfigError("the model has parameters on the meta device. Pass values=, which gives those of each unit")
     half = AUTOCAST_DTYPES.get(precision)
@@ -345,10 +335,7 @@ def sharded_state(
                     f"{name}, which cannot be divided. Set cluster.fsdp_stage to 0, or take adamw or sgd"
                 )
     if comm.rank == 0:
-        params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        for name, tensor in model.state_dict().items():
-            if name not in params:
-                found[f"model/{name}"] = Shard(tensor.detach(), "buffer")
+        found |= {f"model/{name}": Shard(tensor.detach(), "buffer") for name, tensor in buffers_of(model).items()}
         for alias, name in aliases.items():
             shape = tuple(_shapes(shards)[names.index(name)])
             found[f"model/{alias}"] = Shard(torch.empty(0), "param", shape, alias_of=f"model/{name}")
@@ -371,36 +358,14 @@ def load_sharded_state(
     Raises:
         CheckpointError: it is of another model.
     """
-    shapes = _shapes(shards)
-    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in {*names, *aliases}}
-    check_names(reader, {*names, *aliases, *buffers})
-    for name, tensor in buffers.items():
-        check_shape(reader, name, tuple(tensor.shape))
-        tensor.copy_(reader.read(f"model/{name}"))
-    pieces = {piece.index: piece for piece in shards.pieces}
-    slots = slots_of(reader)
-    states: dict[int, dict[str, Any]] = {}
-    for index, name in enumerate(names):
-        check_shape(reader, name, tuple(shapes[index]))
-        piece = pieces.get(index)
-        start, count = (0, 0) if piece is None else (piece.offset, piece.param.numel())
-        values = reader.read_slice(f"model/{name}", start, count)
-        if piece is not None:
-            check_dtype(name, values, piece.param)
-            with torch.no_grad():
-                piece.param.view(-1).copy_(values)
-        for slot in slots.get(name, ()):
-            full = f"optim/{name}/{slot}"
-            if reader.shape(full) == tuple(shapes[index]) and shapes[index].numel() != 1:
-                value: Any = reader.read_slice(full, start, count)
-                value = value if piece is None else value.view(piece.param.shape)
-            else:
-                value = slot_value(reader.read(full), tuple(shapes[index]))
-            if piece is not None:
-                states.setdefault(index, {})[slot] = value
-    if slots:
-        by_name = {names[piece.index]: piece.param for piece in shards.pieces}
-        set_optimizer_state(optimizer, by_name, {names[index]: state for index, state in states.items()})
+    load_parts(
+        reader,
+        optimizer,
+        shapes={names[index]: tuple(shape) for index, shape in sorted(_shapes(shards).items())},
+        aliases=aliases,
+        parts={names[piece.index]: Part(piece.offset, piece.param) for piece in shards.pieces},
+        buffers=buffers_of(model),
+    )
     if scaler is not None:
         scaler.load_state(reader)
 

@@ -2,10 +2,7 @@
 
 A micro-batch goes up through the stages in forward and down in backward; between two stages it is a message:
 activations one way, their gradients the other. Ranks speak to their neighbours only, also to agree on a step's sums
-(collectives/chain.py).
-
-A head that is tied to the embedding lies on the first and on the last rank. Each computes a part of its gradient; both
-step on the sum, so the copies stay the same.
+(training/stage_sums.py).
 
 With K > 0 a gradient is applied K steps late, and backward of a batch may run when the weights have moved on. So each
 step computes with its own copy of them, a stash, which goes when its backward is done.
@@ -24,22 +21,25 @@ import torch
 from torch import Tensor, nn
 
 from smolcluster.collectives.base import Communicator, Work
-from smolcluster.collectives.chain import ChainSum, EndsSum
+from smolcluster.collectives.chain import ChainSum
 from smolcluster.data.batch import Batch
 from smolcluster.kinds import Precision
 from smolcluster.models.partition import Unit
 from smolcluster.models.split import layer_costs, split_by_cost
 from smolcluster.models.stage import layers_of
-from smolcluster.training.optim import OptimizerFactory, optimizer_state, set_optimizer_state
+from smolcluster.training.modules import bring_to_first, buffers_of
+from smolcluster.training.optim import OptimizerFactory, optimizer_state
 from smolcluster.training.own_stages import OwnStages
-from smolcluster.training.restore import check_dtype, check_names, check_shape, slot_value, slots_of
+from smolcluster.training.restore import Part, load_parts
 from smolcluster.training.schedule import LrSchedule
+from smolcluster.training.stage_sums import StageAgreement
 from smolcluster.training.step import (
     AUTOCAST_DTYPES,
     SCALER,
     EvalSums,
     LossScaler,
     MicroBatches,
+    PendingGradient,
     Shard,
     StateReader,
     StepResult,
@@ -47,8 +47,9 @@ from smolcluster.training.step import (
     count_targets,
     grade,
     is_applicable,
+    pending_state,
+    read_pending,
     scale_gradients,
-    squares_of,
     summed_loss,
 )
 
@@ -103,7 +104,7 @@ class Passes:
     gradients: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     arriving: dict[tuple[int, int, int], Work] = field(default_factory=dict)
-    agreement: _Agreement | None = None
+    agreement: StageAgreement | None = None
 
 
 class StagedStrategy:
@@ -273,7 +274,7 @@ class StagedStrategy:
             tied = [name for name in self._stages.tied if self.model.get_parameter(name).requires_grad]
         tag = _SUMS_TAG + passes.step % _STEPS_APART * _SUMS_TAGS
         votes = self._is_stop_requested
-        passes.agreement = _Agreement(self._comm, self._stages, passes.grads, tied, fields, votes, tag)
+        passes.agreement = StageAgreement(self._comm, self._stages, passes.grads, tied, fields, votes, tag)
 
     def _computed(self, passes: Passes) -> list[float]:
         """Loss, targets, samples, planned targets, whether the loss is not finite: the last rank knows them."""
@@ -435,6 +436,11 @@ class StagedStrategy:
         self._is_stop_requested = True
 
     @property
+    def layers(self) -> dict[int, range]:
+        """The layers of this rank's stages, by the stage's number."""
+        return {number: stage.layers for number, stage in self._stages.own.items()}
+
+    @property
     def holds_whole_model(self) -> bool:
         """Whether `model` has all parameters."""
         return False
@@ -456,15 +462,7 @@ class StagedStrategy:
             PeerLost: a rank is gone.
         """
         name = self._stages.aliases.get(name, name)
-        owner = self._stages.owners[name]
-        if self._comm.rank == owner:
-            value = self._stages.params[name].detach().cpu()
-            if owner == 0:
-                return value
-            self._comm.send(value, 0, _PARAMETER_TAG).wait()
-        elif self._comm.rank == 0:
-            return self._comm.recv(owner, _PARAMETER_TAG).result()[0]
-        return None
+        return bring_to_first(self._comm, self._stages.params.get(name), self._stages.owners[name], _PARAMETER_TAG)
 
     def held_bytes(self) -> tuple[int, int, int]:
         """Bytes of parameters, gradients and optimizer state that this rank has held at most, all at once."""
@@ -478,91 +476,58 @@ class StagedStrategy:
         """What this rank answers for: weights, optimizer state, and the gradients that wait."""
         self._drain()
         stages = self._stages
-        found = {f"model/{n}": Shard(p.detach(), "param") for n, p in stages.params.items() if stages.brings(n)}
+        found = {f"model/{n}": Shard(p.detach(), "param") for n, p in stages.params.items() if stages.answers_for(n)}
         found |= {f"model/{name}": Shard(buffer, "buffer") for name, buffer in stages.buffers().items()}
-        found |= optimizer_state(self._optimizer, {n: p for n, p in self._trained.items() if stages.brings(n)})
+        found |= optimizer_state(self._optimizer, {n: p for n, p in self._trained.items() if stages.answers_for(n)})
         if self._comm.rank == 0:
             for alias, name in stages.aliases.items():
                 shape = tuple(self.model.get_parameter(name).shape)
                 found[f"model/{alias}"] = Shard(torch.empty(0), "param", shape, alias_of=f"model/{name}")
             if self._scaler is not None:
                 found[SCALER] = self._scaler.state()
-        for number, passes in enumerate(self._under_way):
-            assert passes.agreement is not None
+        pending = []
+        for passes in self._under_way:
+            assert passes.agreement is not None, "its backward is done"
             passes.agreement.wait()
             sums = passes.agreement.sums()
-            if self._comm.rank == 0:
-                numbers = [
-                    passes.step,
-                    sums.loss_sum,
-                    sums.count,
-                    sums.samples,
-                    sums.nonfinite,
-                    sums.planned,
-                    passes.loss_scale,
-                ]
-                found[f"pending/{number:04d}/sums"] = Shard(torch.tensor(numbers, dtype=torch.float64), "pending")
-            for name, grad in passes.grads.items():
-                if grad is not None and stages.brings(name):
-                    found[f"pending/{number:04d}/grad/{name}"] = Shard(grad, "pending")
+            answered = {name: grad for name, grad in passes.grads.items() if stages.answers_for(name)}
+            pending.append(
+                PendingGradient(
+                    step=passes.step,
+                    loss_sum=sums.loss_sum,
+                    count=sums.count,
+                    samples=sums.samples,
+                    nonfinite=sums.nonfinite,
+                    planned=sums.planned,
+                    loss_scale=passes.loss_scale,
+                    grads=[answered.get(name) for name in stages.names],
+                )
+            )
+        found |= pending_state(pending, stages.names, with_sums=self._comm.rank == 0)
         return found
 
     def load_state(self, reader: StateReader) -> None:
         """Go on from a checkpoint; see Strategy."""
         stages = self._stages
-        shapes = {name: tuple(param.shape) for name, param in self.model.named_parameters()}
-        buffers = {n: b for n, b in self.model.state_dict().items() if n not in {*stages.names, *stages.aliases}}
-        check_names(reader, {*stages.names, *stages.aliases, *buffers})
-        own_buffers = stages.buffers()
-        for name, buffer in buffers.items():
-            check_shape(reader, name, tuple(buffer.shape))
-            stored = reader.read(f"model/{name}")
-            if name in own_buffers:
-                own_buffers[name].copy_(stored)
-        slots = slots_of(reader)
-        states: dict[str, dict[str, Any]] = {}
-        for name in stages.names:
-            check_shape(reader, name, shapes[name])
-            value = self._read(reader, f"model/{name}", name)
-            if value is not None:
-                check_dtype(name, value, stages.params[name])
-                with torch.no_grad():
-                    stages.params[name].copy_(value)
-            for slot in slots.get(name, ()):
-                full = f"optim/{name}/{slot}"
-                if reader.shape(full) == shapes[name] and math.prod(shapes[name]) != 1:
-                    state: Any = self._read(reader, full, name)
-                else:
-                    state = slot_value(reader.read(full), shapes[name])
-                if name in self._trained:
-                    states.setdefault(name, {})[slot] = state
-        if slots:
-            set_optimizer_state(self._optimizer, self._trained, states)
+        load_parts(
+            reader,
+            self._optimizer,
+            shapes={name: tuple(param.shape) for name, param in self.model.named_parameters()},
+            aliases=stages.aliases,
+            parts={name: Part(0, param) for name, param in stages.params.items()},
+            buffers=buffers_of(self.model) | stages.buffers(),
+        )
         if self._scaler is not None:
             self._scaler.load_state(reader)
-        self._load_pending(reader)
-        self._step = reader.step + len(self._under_way)
-
-    def _load_pending(self, reader: StateReader) -> None:
-        stored = set(reader.names("pending/"))
-        for sums_name in sorted(name for name in stored if name.endswith("/sums")):
-            step, loss_sum, count, samples, nonfinite, planned, loss_scale = reader.read(sums_name).tolist()
-            passes = Passes(round(step), [], {}, loss_scale, round(planned), 0)
-            for name in self._stages.names:
-                full = f"{sums_name.removesuffix('sums')}grad/{name}"
-                grad = self._read(reader, full, name) if full in stored else None
-                if name in self._trained:
-                    passes.grads[name] = None if grad is None else grad.to(self._device)
+        for item in read_pending(reader, [stages.params.get(name) for name in stages.names], stages.names):
+            grads = dict(zip(stages.names, item.grads, strict=True))
+            passes = Passes(item.step, [], {}, item.loss_scale, item.planned, 0)
+            passes.grads = {name: grads[name] for name in self._trained}
             # The sums are those of all ranks: rank 0 brings them in, so that they count once.
-            fields = [loss_sum, count, samples, planned, nonfinite]
+            fields = [item.loss_sum, item.count, item.samples, item.planned, item.nonfinite]
             self._agree(passes, fields if self._comm.rank == 0 else [0.0] * 5, is_tied_summed=True)
             self._under_way.append(passes)
-
-    def _read(self, reader: StateReader, full_name: str, name: str) -> Tensor | None:
-        """A tensor of the size of a parameter, where this rank has it."""
-        param = self._stages.params.get(name)
-        values = reader.read_slice(full_name, 0, 0 if param is None else param.numel())
-        return None if param is None else values.view(param.shape)
+        self._step = reader.step + len(self._under_way)
 
 
 class _Arrival(torch.autograd.Function):
@@ -580,89 +545,3 @@ class _Arrival(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         ctx.found.append(grad)
         return None, None, None
-
-
-@dataclass(frozen=True, slots=True)
-class StageSums:
-    """What all ranks contributed to a step besides gradients, the same bits on every rank.
-
-    Attributes:
-        loss_sum: over all targets.
-        count: targets computed.
-        samples: samples computed.
-        planned: targets that the gradient is scaled by.
-        nonfinite: 1 if the loss was not finite.
-        stop_votes: ranks that asked to stop.
-        squares: of each parameter's gradient, the square of its norm.
-    """
-
-    loss_sum: float
-    count: int
-    samples: int
-    planned: int
-    nonfinite: int
-    stop_votes: int
-    squares: list[float]
-
-
-class _Agreement:
-    """First the gradients of tied parameters are summed, then everything else is known and added up."""
-
-    def __init__(
-        self,
-        comm: Communicator,
-        stages: OwnStages,
-        grads: dict[str, Tensor | None],
-        tied: Sequence[str],
-        fields: list[float],
-        votes: bool,
-        tag: int,
-    ) -> None:
-        self._comm = comm
-        self._tag = tag
-        self._stages = stages
-        self._grads = grads
-        self._fields = [*fields, float(votes)]
-        self._ties: list[EndsSum] = []
-        for number, name in enumerate(tied):
-            grad: Tensor | None = None
-            if name in stages.params:
-                grad = grads[name]
-                grad = torch.zeros_like(stages.params[name]) if grad is None else grad.contiguous()
-                grads[name] = grad
-            self._ties.append(EndsSum(comm, grad, tag + 1 + number))
-        self._total = torch.empty(0)
-        self._sum: ChainSum | None = None
-        self.poll()
-
-    def poll(self) -> None:
-        """Pass on what has arrived; never blocks."""
-        if self._sum is not None:
-            self._sum.poll()
-            return
-        open_ties = [tie for tie in self._ties if not tie.poll()]
-        if not open_ties:
-            self._add_up()
-
-    def wait(self) -> None:
-        """Block until all ranks have contributed."""
-        if self._sum is None:
-            self._add_up()
-        assert self._sum is not None
-        self._sum.wait()
-
-    def sums(self) -> StageSums:
-        """After `wait`."""
-        loss_sum, count, samples, planned, nonfinite, votes, *squares = self._total.tolist()
-        return StageSums(
-            loss_sum, round(count), round(samples), round(planned), round(nonfinite), round(votes), squares
-        )
-
-    def _add_up(self) -> None:
-        for tie in self._ties:
-            tie.wait()
-        squares = dict.fromkeys(self._stages.names, 0.0)
-        own = {name: grad for name, grad in self._grads.items() if grad is not None and self._stages.brings(name)}
-        squares |= zip(own, squares_of(list(own.values())), strict=True)
-        self._total = torch.tensor([*self._fields, *squares.values()], dtype=torch.float64)
-        self._sum = ChainSum(self._comm, self._total, self._tag)

@@ -521,20 +521,34 @@ def load_model_state(model: nn.Module, reader: StateReader) -> None:
         tensor.copy_(value)
 
 
-def pending_state(pending: Sequence[PendingGradient], names: Sequence[str]) -> dict[str, Shard]:
-    """Gradients that wait, oldest first, under `pending/<number>/…`; `names` are those of their parameters."""
+def pending_state(
+    pending: Sequence[PendingGradient], names: Sequence[str], *, with_sums: bool = True
+) -> dict[str, Shard]:
+    """Gradients that wait, oldest first, under `pending/<number>/…`.
+
+    Args:
+        pending: where ranks have different parameters, None for those that others answer for.
+        names: of their parameters.
+        with_sums: all but the gradients too; one rank says it.
+    """
     shards: dict[str, Shard] = {}
     for number, item in enumerate(pending):
         sums = [item.step, item.loss_sum, item.count, item.samples, item.nonfinite, item.planned, item.loss_scale]
-        shards[f"pending/{number:04d}/sums"] = Shard(torch.tensor(sums, dtype=torch.float64), "pending")
+        if with_sums:
+            shards[f"pending/{number:04d}/sums"] = Shard(torch.tensor(sums, dtype=torch.float64), "pending")
         for name, grad in zip(names, item.grads, strict=True):
             if grad is not None:
                 shards[f"pending/{number:04d}/grad/{name}"] = Shard(grad, "pending")
     return shards
 
 
-def read_pending(reader: StateReader, params: Sequence[nn.Parameter], names: Sequence[str]) -> list[PendingGradient]:
-    """The gradients that waited when the checkpoint was made, oldest first, on their parameters' devices."""
+def read_pending(
+    reader: StateReader, params: Sequence[nn.Parameter | None], names: Sequence[str]
+) -> list[PendingGradient]:
+    """The gradients that waited when the checkpoint was made, oldest first, on their parameters' devices.
+
+    Every rank reads the same names; where it has no such parameter it gets None.
+    """
     stored = set(reader.names("pending/"))
     pending = []
     for sums_name in sorted(name for name in stored if name.endswith("/sums")):
@@ -542,7 +556,11 @@ def read_pending(reader: StateReader, params: Sequence[nn.Parameter], names: Seq
         grads: list[Tensor | None] = []
         for param, name in zip(params, names, strict=True):
             grad_name = f"{sums_name.removesuffix('sums')}grad/{name}"
-            grads.append(reader.read(grad_name).to(param.device) if grad_name in stored else None)
+            grad: Tensor | None = None
+            if grad_name in stored:
+                values = reader.read_slice(grad_name, 0, 0 if param is None else param.numel())
+                grad = None if param is None else values.view(param.shape).to(param.device)
+            grads.append(grad)
         pending.append(
             PendingGradient(
                 step=round(step),
