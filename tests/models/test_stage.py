@@ -170,7 +170,13 @@ class FakeCausalLM(nn.Module):
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=6))
         self.style = style
         self.embed = nn.Embedding(VOCAB, 6)
-        others = {"takes the first": 1, "takes the first of two": 2, "uses the second": 2, "unpacks": 2, "counts": 2}
+        others = {
+            "takes the first": 1,
+            "takes the first of two": 2,
+            "uses the second": 2,
+            "unpacks": 2,
+            "passes the second on": 2,
+        }
         self.blocks = nn.ModuleList(FakeBlock(number, others.get(style, 0)) for number in range(blocks))
         self.head = nn.Linear(6, VOCAB, bias=False)
 
@@ -184,13 +190,14 @@ class FakeCausalLM(nn.Module):
         if self.style == "needs ids":
             given: Any = input_ids
             x = x + given.shape[1]
+        scale: Any = 1.0
         for number, block in enumerate(self.blocks):
             if self.style == "reads the block":
                 out = block(x, scale={"full": 1.0, "sliding": 0.5}[block.attention_type])
             elif self.style == "reads the block's part":
                 out = block(x, scale={"causal": 0.5}[block.attention.kind])
             else:
-                out = block(x)
+                out = block(x, scale=scale)
             if self.style in ("takes the first", "takes the first of two"):
                 x = out[0]
             elif self.style == "uses the second":
@@ -198,8 +205,8 @@ class FakeCausalLM(nn.Module):
             elif self.style == "unpacks":
                 x, mean = out
                 x = x * mean
-            elif self.style == "counts":
-                x = out[0] * len(out)
+            elif self.style == "passes the second on":
+                x, scale = out[0], out[1] if len(out) > 1 else scale
             else:
                 x = out + number if self.style == "adds between blocks" else out
         return SimpleNamespace(logits=self.head(x.view(-1, *shape[1:])))
@@ -225,7 +232,9 @@ def test_what_a_models_forward_may_do_with_its_blocks(style: str, blocks: int) -
         check_cut(build_fake(style, blocks), tokens, tokens.roll(-1, dims=1), bounds)
 
 
-@pytest.mark.parametrize("style", ["uses the second", "unpacks", "counts", "adds between blocks", "needs ids"])
+@pytest.mark.parametrize(
+    "style", ["uses the second", "unpacks", "passes the second on", "adds between blocks", "needs ids"]
+)
 def test_a_model_that_is_more_than_a_chain_of_blocks_is_refused(style: str) -> None:
     """Each of these computes something else when it is cut."""
     with pytest.raises(ConfigError, match="a FakeCausalLM cannot be cut"):

@@ -33,7 +33,7 @@ def train(folder: Path, preset: str, *arguments: str, overrides: tuple[str, ...]
 
 @pytest.mark.parametrize("preset", ["mp_gpt", "pipeline_gpt"])
 def test_a_stream_has_the_losses_of_single(preset: str, tmp_path: Path) -> None:
-    """The first rank reads its inputs, the last one its targets, and all of them how many there are; past the end of an epoch."""
+    """Past the end of an epoch. The first rank reads its inputs, the last one its targets, all how many there are."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"row {row} " * (1 + row % 5)}) + "\n" for row in range(120)))
     stream = ("data.dataset=jsonl", f"data.path={file}", "data.streaming=true", "model.max_seq_len=16")
