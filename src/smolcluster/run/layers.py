@@ -14,8 +14,8 @@ from smolcluster.collectives.base import Communicator
 from smolcluster.config.schema import Config, resolved_batch_size, resolved_staleness_bound
 from smolcluster.data.loader import eval_batches
 from smolcluster.data.source import TrainingData
-from smolcluster.device import machine_name, memory_pools
 from smolcluster.errors import ConfigError
+from smolcluster.memory_pools import machine_name, memory_pools
 from smolcluster.models.split import layer_costs, needed_room, split_by_blocks, split_by_cost
 from smolcluster.models.stage import Layers, layer_parameters, layers_of
 from smolcluster.training.layer_times import measure_layers
