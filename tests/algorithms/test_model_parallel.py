@@ -238,7 +238,7 @@ class CountingCommunicator:
 
 @pytest.mark.parametrize("schedule", [None, "gpipe", "1f1b"])
 def test_ranks_speak_to_their_neighbours_only(schedule: str | None) -> None:
-    """Activations and gradients of (10, 8) tokens of width 8, the tied embedding's gradient, and the sums."""
+    """Activations and gradients of (10, 8) tokens of width 8, the tied embedding's gradient, sums, and samples."""
     case = replace(CASE, micro_batches=2, precision="fp32")
     case = case.with_options(**named(schedule))
 
@@ -257,7 +257,8 @@ def test_ranks_speak_to_their_neighbours_only(schedule: str | None) -> None:
     activations = 4 * 10 * 8 * 8 * 4 + 5 * 8 * 8 * 4
     tied = 4 * 19 * 8 * 4
     sums = 4 * 8 * (6 + len(list(build_gpt(0).parameters()))) + 32
-    assert sent[0][0][1] == activations + tied + sums
+    samples = 4 * 8 * 2
+    assert sent[0][0][1] == activations + tied + sums + samples
 
 
 def test_a_split_that_is_not_the_models_is_refused() -> None:

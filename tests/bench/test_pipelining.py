@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from models.hf_folders import make_hf_folder
 from smolcluster import cli
 from smolcluster.bench.pipelining import check_offered
 from smolcluster.bench.train import Options, measure_training
@@ -77,6 +79,25 @@ def test_both_sides_train_the_same(schedule: str, world_size: int) -> None:
     losses = measure_training(config(f"training.schedule={schedule}"), world_size, options).losses
     # fp32, 12 updates: measured equal. A tied head whose parts are not added, or one stage's norm only, is 1e-2 away.
     assert losses["ours"] == pytest.approx(losses["against"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_both_sides_train_a_llama_with_a_tied_head_the_same(tmp_path: Path) -> None:
+    """Its exit calls the shared matrix lm_head.weight, its entry model.embed_tokens.weight."""
+    folder = make_hf_folder(tmp_path, "llama", num_hidden_layers=4, vocab_size=256)
+    options = Options("torch_pipelining", pairs=2, steps=2)
+    losses = measure_training(
+        config("model.type=hf", f"model.hf_model_name={folder}", "model.max_seq_len=12"), 2, options
+    ).losses
+    assert losses["ours"] == pytest.approx(losses["against"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_with_nothing_to_train_is_refused() -> None:
+    """Three ranks, and a model whose entry and exit are empty: two of three layers have parameters."""
+    three = config("model.type=simple_nn", "data.dataset=digits", "training.batch_size=12")
+    with pytest.raises(ConfigError, match=r"rank \d of 3 gets no parameters to train"):
+        measure_training(three, 3, Options("torch_pipelining", pairs=2, steps=2))
 
 
 @pytest.mark.slow

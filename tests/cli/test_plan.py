@@ -119,6 +119,13 @@ def test_without_matplotlib_there_is_a_table_and_a_word_about_it(
         (["--stages", "3", "--micro-batches", "-1"], "--micro-batches -1: give"),
         ([*SMALL, "--backward", "0"], "--backward 0: give"),
         ([*SMALL, "--schedule", "interleaved", "--per-rank", "0"], "--per-rank 0: give"),
+        (
+            [*SMALL, "--schedule", "gpipe", "--per-rank", "7"],
+            "--schedule gpipe each rank has one stage. Give --schedule interl",
+        ),
+        ([*SMALL, "--per-rank", "2"], "--per-rank 2: with --schedule 1f1b each rank has one stage"),
+        ([*SMALL, "--schedule", "gpipe", "--per-rank", "0"], "--per-rank 0: give"),
+        (["--stages", "9", "--micro-batches", "50000", "--json"], "a table of 1350216 cells is more than is worth"),
         ([*SMALL, "--schedule", "zigzag"], "schedule zigzag is unknown. Use one of gpipe, 1f1b, interleaved"),
         (["--stages", "2000", "--micro-batches", "1"], "a table of"),
         (["--stages", "9", "--micro-batches", "5000"], "a table of 135216 cells is more than anybody reads"),
@@ -138,13 +145,47 @@ def test_what_a_user_can_mend_exits_2_on_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_that_cannot_be_written_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "plan.png").mkdir()
-    assert plan(*SMALL, "--out", "plan.png") == 2
+@pytest.mark.parametrize("arguments", [(), ("--out", "plan.png")])
+def test_a_picture_that_cannot_be_written_exits_2_after_the_table(
+    arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = arguments[-1] if arguments else "pipeline-1f1b-3-4.png"
+    (tmp_path / name).mkdir()  # as good as a folder without the right to write, which root has everywhere
+    assert plan(*SMALL, *arguments) == 2
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 1)
-    assert "plan.png cannot be written" in err
+    assert "rank 2  .  .  F0 B0---" in out
+    assert out.endswith("  rank 0: 3, rank 1: 2, rank 2: 1\n")
+    assert len(err.splitlines()) == 1
+    assert f"{name} cannot be written" in err
     assert "Choose another --out" in err
+
+
+def test_json_is_whole_also_where_the_picture_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pipeline-1f1b-3-4.png").mkdir()
+    assert plan(*SMALL, "--json") == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["picture"] is None
+    assert len(json.loads(out)["ranks"]) == 3
+    assert len(err.splitlines()) == 1
+
+
+def test_json_may_be_longer_than_anybody_reads_but_is_not_drawn_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = ("--stages", "8", "--micro-batches", "1000")
+    assert plan(*size) == 2
+    assert "a table of 24168 cells is more than anybody reads (20000)" in capsys.readouterr().err
+    assert plan(*size, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (len(found["ranks"][7]["actions"]), found["picture"]) == (2000, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_stage_per_rank_is_what_other_schedules_have(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(*SMALL, "--schedule", "gpipe", "--per-rank", "1") == 0
+    assert capsys.readouterr().out.startswith("gpipe: 3 ranks, 4 micro-batches\n")
 
 
 def test_it_does_not_import_torch() -> None:

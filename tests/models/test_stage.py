@@ -109,6 +109,54 @@ def test_a_sequential_is_cut_between_its_modules() -> None:
     check_cut(model, torch.randn(7, 12).double(), torch.arange(7) % 5, [2, 4])
 
 
+def build_tied(*between: nn.Module) -> nn.Sequential:
+    """A Sequential whose last module has the first one's weight."""
+    model = nn.Sequential(nn.Embedding(VOCAB, 6), *between, nn.Linear(6, VOCAB))
+    model[-1].weight = model[0].weight
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("between", "bounds"), [((), [1]), ((nn.Linear(6, 6), nn.Tanh()), [1]), ((nn.Linear(6, 6), nn.Tanh()), [1, 2, 3])]
+)
+def test_a_sequentials_ends_are_its_entry_and_exit_if_they_share_a_weight(
+    between: tuple[nn.Module, ...], bounds: list[int]
+) -> None:
+    model = build_tied(*between)
+    every = layers_of(model)
+    assert (every.entry, len(every.blocks), every.exit) == (("0",), len(between), (str(len(between) + 1),))
+    assert tied_parameters(model, every) == ["0.weight"]
+    tokens = torch.randint(VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
+    check_cut(model, tokens, tokens.roll(-1, dims=1), bounds)
+
+
+class Doubled(nn.Sequential):
+    """Does more than to run its modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Named(nn.Sequential):
+    """Has a constructor of its own, no more."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(3, 3), nn.Tanh())
+
+
+def test_a_sequential_that_does_more_than_to_run_its_modules_is_refused() -> None:
+    """What is cut runs the modules; what a forward or a hook of its own does would not be done."""
+    assert layers_of(Named()).blocks == ("0", "1")
+    hooked = [nn.Sequential(nn.Linear(3, 3)) for _ in range(4)]
+    hooked[0].register_forward_hook(lambda module, args, out: 2 * out)
+    hooked[1].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    hooked[2].register_full_backward_hook(lambda module, inputs, outs: None)
+    hooked[3].forward = lambda x: x  # type: ignore[method-assign, assignment, misc]
+    for model in (Doubled(nn.Linear(3, 3)), *hooked, nn.Sequential()):
+        with pytest.raises(ConfigError, match="cannot be cut into stages"):
+            layers_of(model)
+
+
 @pytest.mark.parametrize(("name", "tied"), [("gpt", 1), ("gpt2", 1), ("llama", 0), ("llama-tied", 1)])
 def test_tied_parameters_are_found(name: str, tied: int) -> None:
     model = build_gpt() if name == "gpt" else build_hf(name)

@@ -92,8 +92,8 @@ MUTANTS = (
     Mutant(
         "every rank computes the whole batch",
         "data/sampler.py",
-        "return indices[start : start + counts[rank]]",
-        "return indices",
+        "return _ranges(sum(counts[:rank]), split_by_shares(counts[rank], even))",
+        "return _ranges(0, split_by_shares(count, even))",
     ),
     Mutant(
         "int8: contributions forget what they lost",

@@ -328,6 +328,54 @@ def test_measured_times_divide_the_layers(cluster: Cluster) -> None:
     assert cluster.measured == 4
 
 
+@pytest.mark.parametrize(("machines", "at_once"), [("aaaa", 1), ("abab", 2), ("aaba", 2), ("abcd", 4)])
+def test_ranks_of_one_machine_measure_in_turn(
+    machines: str, at_once: int, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of several machines at the same time."""
+    lock, begun = threading.Lock(), threading.Barrier(at_once)
+    measuring: list[str] = []
+    most = 0
+
+    def measure(*_: Any) -> list[float]:
+        nonlocal most
+        machine = machines[own_rank()]
+        with lock:
+            assert machine not in measuring, "two ranks of one machine"
+            measuring.append(machine)
+            most = max(most, len(measuring))
+        # Nobody goes on before as many measure as may: of the first round, which has a rank of each machine.
+        if own_rank() == machines.index(machine):
+            begun.wait(10)
+        with lock:
+            measuring.remove(machine)
+        return [1.0 + own_rank()] * 14
+
+    monkeypatch.setattr(layers_module, "measure_layers", measure)
+    monkeypatch.setattr(layers_module, "machine_name", lambda: machines[own_rank()])
+    split = cluster.decides(make_config("cluster.shares=auto"), chain(12), 4, data=open_data("digits"))
+    assert most == at_once
+    assert len(split[0]) > len(split[3])
+
+
+def test_a_shared_parameter_is_refused_before_anything_is_said_of_layers(cluster: Cluster) -> None:
+    linear = nn.Linear(10, 10)
+    model = nn.Sequential(linear, nn.Tanh(), linear, nn.Linear(10, 10))
+    with pytest.raises(ConfigError, match=r"shared by layers \[1, 3\]"):
+        cluster.decides(make_config(), model, 2)
+    assert cluster.told == []
+
+
+def test_too_few_layers_for_an_interleaved_pipeline_name_its_stages_per_rank(cluster: Cluster) -> None:
+    config = make_config("algorithm=mp_pipeline", "training.schedule=interleaved", "training.stages_per_rank=5")
+    with pytest.raises(
+        ConfigError, match=r"10 stages\. Take fewer ranks, training\.stages_per_rank below 5, or a model"
+    ):
+        cluster.decides(config, chain(4), 2)
+    with pytest.raises(ConfigError, match=r"7 stages\. Take fewer ranks, or a model"):
+        cluster.decides(make_config(), chain(4), 7)
+
+
 def test_a_split_that_is_kept_is_neither_measured_nor_cut_by_memory(cluster: Cluster) -> None:
     cluster.takes([1.0] * 14, [3.0] * 14)
     cluster.has({"a": 4 * A_BLOCK}, {"b": 100 * A_BLOCK})

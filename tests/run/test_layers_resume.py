@@ -16,7 +16,7 @@ from smolcluster.config.schema import Config
 from smolcluster.kinds import JsonObject
 from smolcluster.run import layers as layers_module
 from smolcluster.run.build import prepare
-from smolcluster.run.resume import RunMeta, find_resume_point, kept_split
+from smolcluster.run.resume import RunMeta, batch_note, find_resume_point, kept_split
 from smolcluster.run.session import RankResult, run_rank
 from smolcluster.training.role import RunContext
 
@@ -176,3 +176,56 @@ def test_a_rank_that_is_alone_has_the_whole_model_and_says_its_hash(algorithm: s
     _, divided, _ = train(make_config(algorithm=algorithm), 2, tmp_path / "divided")
     assert isinstance(divided.run["weights_sha256"], str)
     assert [report["weights_sha256"] for report in divided.ranks] == [None, None]
+
+
+def samples_of_ranks(result: RankResult) -> list[Any]:
+    return [report["samples"] for report in result.ranks]
+
+
+@pytest.mark.parametrize(("delay", "world_size"), [(0, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("mp", "mp"),
+        ("mp", "classicdp"),
+        ("classicdp", "mp"),
+        ("classicdp", "classicdp"),
+        ("mp_pipeline", "mp_pipeline"),
+    ],
+)
+def test_no_sample_that_a_rank_has_computed_is_lost_or_counted_twice(
+    before: str, after: str, delay: int, world_size: int, tmp_path: Path
+) -> None:
+    """12 steps of 6 samples over all ranks, of which those that wait in the checkpoint are not computed again."""
+    late = (f"cluster.staleness_bound={delay}", "training.micro_batches=2")
+    _, cut, _ = train(
+        make_config(*late, f"training.batch_size={3 if before == 'classicdp' else 6}", algorithm=before),
+        2,
+        tmp_path,
+        stop_after=4,
+    )
+    assert cut.stopped
+    point = find_resume_point("latest", tmp_path, {})
+    assert point.meta.progress.samples == 6 * point.step
+    assert point.meta.progress.computed == point.step + delay
+    config = make_config(*late, algorithm=after)
+    _, result, _ = train(config, world_size, tmp_path, resume=point.checkpoint)
+    assert result.run["samples"] == 72
+    computed = samples_of_ranks(result)
+    if after == "classicdp":
+        assert sum(computed) == 72
+        if before != "classicdp":  # rank 0 has inherited all of them, the others none
+            of_others = (12 - point.step - delay) * 6 // world_size
+            assert computed[1:] == [of_others] * (world_size - 1)
+    else:
+        assert computed == [72] * world_size
+
+
+def test_where_layers_are_divided_nothing_is_dealt(interrupted: Path) -> None:
+    point = find_resume_point(str(interrupted), None, {})
+    kept = "training.batch_size 8 is ignored: the run's global batch of 6 samples is kept"
+    for algorithm in ("mp", "mp_pipeline"):
+        note = batch_note(point, make_config(algorithm=algorithm), 8, 3)
+        assert note == f"{kept}; the layers are cut over 3 ranks, and every rank computes all samples"
+        assert batch_note(point, make_config(algorithm=algorithm), 6, 3) is None
+    assert batch_note(point, make_config(algorithm="classicdp"), 8, 3) == f"{kept} and dealt anew to 3 ranks"

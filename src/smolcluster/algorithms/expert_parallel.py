@@ -12,8 +12,9 @@ Step      1 zero_grad  2 forward/backward on own micro-batches, an all-to-all be
 Cost      S = gradient bytes of all but the experts, k = top_k, T = this rank's tokens, D = bytes of a token. Each rank
           sends 2(N-1)/N * S, and for each layer up to 4 (N-1)/N * k T D bytes, which it waits for. Memory: all but the
           experts, and 1/N of them; K + 2 gradients of the former, K + 1 of the latter.
-Staleness K = 0: as plain training. K > 0: a gradient is applied K steps late, that of an expert like any other. Only
-          the all-reduce gains time: tokens are waited for in every layer.
+Staleness K = 0: as plain training. K > 0: a gradient is applied K steps late. Those of experts wait as long as all
+          others, although they are complete at once: all parameters are then of one step, and the run equals `single`
+          with the same K. Only the all-reduce gains time: tokens are waited for in every layer.
 Breaks if the links are slow, or one rank is: every layer waits. If the model fits on each rank: use classicdp. If a
           few experts get all tokens, their ranks compute alone: see moe/expert_load_max.
 Source    Lepikhin et al. 2020, GShard, arXiv:2006.16668, section 3; Fedus et al. 2021, Switch Transformers,
@@ -72,7 +73,7 @@ class _StepUnderWay:
 
     Attributes:
         gradients: of what all ranks have.
-        expert_grads: of the experts here, complete.
+        expert_grads: of the experts here, complete; they wait for the others all the same.
         total: of each expert's parameters the square of its gradient's norm, then what the model has measured; once
             `agreed` is done, of all ranks.
         agreed: adds `total` up.
@@ -116,7 +117,7 @@ class ExpertParallel:
                 meta device: see `whole_parameter`.
             optimizer_factory: makes the optimizer from this rank's parameters to train.
             comm: the ranks that train together.
-            staleness_bound: K, the steps by which a gradient is applied late.
+            staleness_bound: K, the steps by which a gradient is applied late, an expert's too.
             compression: what the summed gradients are encoded as on the wire; tokens never are.
             grad_clip_norm: bound of the global gradient norm; None: never clipped.
             lr_schedule: learning rate of update i; None: what the optimizer has.

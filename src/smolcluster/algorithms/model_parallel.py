@@ -9,9 +9,10 @@ Idea      A model that fits on no rank is cut into P stages of consecutive layer
 Step      1 zero_grad  2 forward through the stages, backward through the stages  3 agree on the gradient's norm 4
           optimizer.step on the own layers
 Cost      A = bytes of what one stage gives the next. A rank sends A up and A down per step, to its neighbours only, and
-          two messages of a few KB for the sums. If the head is tied to the embedding (V rows of D), the first and the
-          last rank also send V D elements, those between 2 V D. Memory: a rank's layers, 16 bytes a parameter with fp32
-          AdamW, and their activations. Time: the sum of all stages; P-1 of P ranks wait at any time.
+          two messages of a few KB for the sums, and how many samples a micro-batch has. If the head is tied to the
+          embedding (V rows of D), the first and the last rank also send V D elements, those between 2 V D. Memory: a
+          rank's layers, 16 bytes a parameter with fp32 AdamW, and their activations. Time: the sum of all stages; P-1
+          of P ranks wait at any time.
 Staleness K = 0: as plain training. K > 0: a gradient is applied K steps late, on all ranks alike. Each of the K + 1
           batches in flight has its own copy of the weights (a stash): backward computes with what forward did.
 Breaks if time matters more than memory: use mp_pipeline, which cuts the batch as well. If the model fits on every
@@ -39,6 +40,7 @@ class ModelParallel(StagedStrategy):
 
         Raises:
             TrainingStopped: the loss or the gradient is not finite; on all ranks at the same step.
+            CollectiveMismatch: the rank before this one was given other micro-batches.
             PeerLost: a rank is gone.
         """
         rank, last = self._comm.rank, self._comm.world_size - 1

@@ -63,13 +63,19 @@ class Pipeline(StagedStrategy):
             split: the layers of each stage, over all ranks: P of them, or V * P if interleaved. None: by their costs.
             schedule: in which order passes run: "gpipe", "1f1b" or "interleaved".
             stages_per_rank: V, if interleaved and `split` does not say.
+
+        Raises:
+            ConfigError: the model cannot be cut so, or `split` has another number of stages.
         """
+        per_rank = stages_per_rank if schedule == "interleaved" else 1
+        if schedule == "interleaved" and split is not None:
+            per_rank = max(1, len(split) // comm.world_size)
         super().__init__(
             model,
             optimizer_factory,
             comm,
             split=split,
-            stages_per_rank=stages_per_rank if schedule == "interleaved" else 1,
+            stages_per_rank=per_rank,
             staleness_bound=staleness_bound,
             grad_clip_norm=grad_clip_norm,
             lr_schedule=lr_schedule,
@@ -90,6 +96,7 @@ class Pipeline(StagedStrategy):
 
         Raises:
             TrainingStopped: the loss or the gradient is not finite; on all ranks at the same step.
+            CollectiveMismatch: the rank before this one was given other micro-batches.
             PeerLost: a rank is gone.
         """
         # 1 zero_grad; with K > 0 also a copy of the weights

@@ -27,7 +27,7 @@ from smolcluster.config.schema import Config, resolved_batch_size, resolved_stal
 from smolcluster.data.batch import NO_TARGET, Batch
 from smolcluster.errors import ConfigError
 from smolcluster.kinds import JsonObject
-from smolcluster.models.stage import Stage, layers_of, tied_parameters
+from smolcluster.models.stage import Stage, layer_parameters, layers_of, tied_parameters
 from smolcluster.training.optim import optimizer_factory
 
 AnySchedule = ScheduleGPipe | Schedule1F1B | ScheduleInterleaved1F1B
@@ -55,12 +55,13 @@ class PipeliningTraining:
         self._rank, self._last_rank = dist.get_rank(), dist.get_world_size() - 1
         self._device = device
         tied = tied_parameters(model, layers_of(model))
+        _check_parameters(model, split, dist.get_world_size())
         modules = [
             (number, _StageModule(Stage(copy.deepcopy(model), layers)).to(device, _dtype(config)).train())
             for number, layers in enumerate(split)
             if number % dist.get_world_size() == self._rank
         ]
-        named = {name: param for _, module in modules for name, param in module.stage_parameters()}
+        named = {name: param for _, module in modules for name, param in module.stage_parameters().items()}
         self._params = [param for param in named.values() if param.requires_grad]
         self._tied = [named[name] for name in tied if name in named and named[name].requires_grad]
         # All ranks make the group, though only its two use it.
@@ -113,9 +114,9 @@ class _StageModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._stage(x)
 
-    def stage_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """By their names in the whole model; not those that have no module, which other stages keep."""
-        return list(self.layers.named_parameters())
+    def stage_parameters(self) -> dict[str, nn.Parameter]:
+        """By their names in the whole model, where a tied one has the same on both of its ranks."""
+        return self._stage.parameters
 
 
 def check_offered(config: Config, world_size: int) -> None:
@@ -143,6 +144,19 @@ def check_offered(config: Config, world_size: int) -> None:
         )
     if resolved_staleness_bound(config):
         raise ConfigError("torch's pipeline applies no gradient late. Set cluster.staleness_bound to 0")
+
+
+def _check_parameters(model: nn.Module, split: Sequence[range], world_size: int) -> None:
+    """Refuse a rank with nothing to train; every rank sees it."""
+    every = layers_of(model)
+    for rank in range(world_size):
+        layers = [layer for stage in split[rank::world_size] for layer in stage]
+        params = [param for layer in layers for param in layer_parameters(model, every, layer).values()]
+        if not any(param.requires_grad for param in params):
+            raise ConfigError(
+                f"rank {rank} of {world_size} gets no parameters to train, and torch's optimizers take no empty list. "
+                "Give fewer ranks, a model with more layers, or other numbers in cluster.layer_distribution"
+            )
 
 
 def split_of(strategy: Pipeline, comm: Communicator) -> list[range]:

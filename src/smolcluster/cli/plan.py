@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 _LINE_WIDTH = 100
 # Ranks times ticks. Above it nobody reads the table, and the picture takes minutes.
 _MAX_CELLS = 20_000
+# Of --json, which programs read. The proof takes seconds here, and grows with the square.
+_MAX_JSON_CELLS = 200_000
+# Stages of each rank, for interleaved.
+_PER_RANK = 2
 _SUFFIXES = (".png", ".svg", ".pdf")
 _MISSING_MATPLOTLIB = 'no picture: it needs matplotlib. Install it: pip install "smolcluster[plot]"'
 
@@ -54,7 +58,9 @@ def pipeline(
     schedule: Annotated[
         str, typer.Option(metavar="gpipe|1f1b|interleaved", help="In which order ranks work.")
     ] = "1f1b",
-    per_rank: Annotated[int, typer.Option(metavar="V", help="Stages of each rank, for interleaved.")] = 2,
+    per_rank: Annotated[
+        int | None, typer.Option(metavar="V", help=f"Stages of each rank, for interleaved. Default: {_PER_RANK}.")
+    ] = None,
     backward: Annotated[
         int, typer.Option(metavar="B", help="Ticks of a backward; a forward takes 1. Activation checkpointing: 3.")
     ] = 2,
@@ -64,20 +70,23 @@ def pipeline(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Table and picture of mp_pipeline: who computes what when, how long ranks wait, how much they hold."""
-    made = _make(schedule, stages, micro_batches, per_rank, backward)
+    made = _make(schedule, stages, micro_batches, per_rank, backward, _MAX_JSON_CELLS if as_json else _MAX_CELLS)
     times = timeline(made, 1, backward)
     path = out or Path(f"pipeline-{schedule}-{stages}-{micro_batches}.png")
     _check_path(path)
-    note = save_picture(made, times, path)
     if as_json:
-        print(json.dumps(_as_json(made, times) | {"backward": backward, "picture": None if note else str(path)}))
+        picture: str | None = None
+        try:
+            picture = _save_if_readable(made, times, path, is_asked_for=out is not None)
+        finally:  # the plan does not depend on the picture
+            print(json.dumps(_as_json(made, times) | {"backward": backward, "picture": picture}))
         return
     print("\n".join(heading_lines(made, backward)))
     print()
     print("\n".join(table_lines(made, times)))
     print()
-    print("\n".join(summary_lines(made, times)))
-    print(note or f"picture: {path}")
+    print("\n".join(summary_lines(made, times)), flush=True)  # before what may be said of the picture
+    print(save_picture(made, times, path) or f"picture: {path}")
 
 
 def heading_lines(schedule: Schedule, backward: int) -> list[str]:
@@ -261,8 +270,9 @@ def _cell(action: Action, schedule: Schedule) -> str:
     return f"{action.direction}{action.micro}{of_stage}"
 
 
-def _make(name: str, ranks: int, micro_batches: int, stages_per_rank: int, backward: int) -> Schedule:
+def _make(name: str, ranks: int, micro_batches: int, per_rank: int | None, backward: int, max_cells: int) -> Schedule:
     """A schedule from what a user typed, proved."""
+    stages_per_rank = _PER_RANK if per_rank is None else per_rank
     for option, value in (
         ("--stages", ranks), ("--micro-batches", micro_batches), ("--per-rank", stages_per_rank),
         ("--backward", backward),
@@ -270,15 +280,28 @@ def _make(name: str, ranks: int, micro_batches: int, stages_per_rank: int, backw
         if value < 1:
             raise ConfigError(f"{option} {value}: give a whole number of 1 or more")
     stages = stages_per_rank if name == "interleaved" else 1
-    cells = ranks * (stages * micro_batches + ranks - 1) * (1 + backward)
-    if cells > _MAX_CELLS:
+    if per_rank is not None and per_rank != stages and name in ("gpipe", "1f1b"):
         raise ConfigError(
-            f"a table of {cells} cells is more than anybody reads ({_MAX_CELLS}). Give fewer --micro-batches or "
+            f"--per-rank {per_rank}: with --schedule {name} each rank has one stage. Give --schedule interleaved, or "
+            "leave it out"
+        )
+    cells = ranks * (stages * micro_batches + ranks - 1) * (1 + backward)
+    if cells > max_cells:
+        readers = "anybody reads" if max_cells == _MAX_CELLS else "is worth waiting for"
+        raise ConfigError(
+            f"a table of {cells} cells is more than {readers} ({max_cells}). Give fewer --micro-batches or "
             "--stages: the pattern repeats"
         )
     schedule = make_schedule(cast("PipelineSchedule", name), ranks, micro_batches, stages_per_rank=stages_per_rank)
     check_schedule(schedule)
     return schedule
+
+
+def _save_if_readable(schedule: Schedule, times: Timeline, path: Path, *, is_asked_for: bool) -> str | None:
+    """The picture's path, or None if there is none; what is too large to be looked at is drawn only if asked for."""
+    if not is_asked_for and schedule.ranks * times.duration > _MAX_CELLS:
+        return None
+    return None if save_picture(schedule, times, path) else str(path)
 
 
 def _check_path(path: Path) -> None:

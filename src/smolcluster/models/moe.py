@@ -56,7 +56,7 @@ class MoEConfig(GPTConfig):
     num_experts: int = 8
     top_k: int = 2
     capacity_factor: float | None = 1.25
-    aux_loss_weight: float = 0.01
+    aux_loss_weight: float = 0.05  # as in config/schema.py
     z_loss_weight: float = 0.001
     router_noise: float = 0.0
 
@@ -181,6 +181,7 @@ class MoELayer(nn.Module):
         routing: of the last forward in training, if `notes` was set.
         notes: whether forward is to keep it.
         place: (step, number of the first sample in the global batch), which noise depends on; None: unknown.
+        noise_seed: which noise depends on too; ranks with parts of one model have the same.
     """
 
     def __init__(self, config: MoEConfig, number: int, seed: int) -> None:
@@ -192,8 +193,8 @@ class MoELayer(nn.Module):
         self.routing: Routing | None = None
         self.notes = False
         self.place: tuple[int, int] | None = None
+        self.noise_seed = seed
         self._number = number
-        self._seed = seed
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D); zeros for a token that none of its experts took. B may be 0."""
@@ -278,7 +279,7 @@ class MoELayer(nn.Module):
         step, first = self.place
         noise = torch.empty(samples, tokens, self.config.num_experts)
         for row, number in enumerate(range(first, first + samples)):
-            seed = named_seed(f"router_noise.{self._number}.{step}.{number}", self._seed)
+            seed = named_seed(f"router_noise.{self._number}.{step}.{number}", self.noise_seed)
             noise[row].normal_(0.0, self.config.router_noise, generator=torch.Generator().manual_seed(seed))
         return noise.flatten(0, 1)
 

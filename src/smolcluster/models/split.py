@@ -63,7 +63,11 @@ def _products(module: nn.Module, *, is_head: bool) -> float:
 
 
 def split_by_cost(
-    times: Sequence[Sequence[float]], parameters: Sequence[int], limits: Sequence[float] | None = None
+    times: Sequence[Sequence[float]],
+    parameters: Sequence[int],
+    limits: Sequence[float] | None = None,
+    *,
+    stages_per_rank: int = 1,
 ) -> list[range]:
     """Cut layers into one run for each stage, so that the slowest takes as little time as possible.
 
@@ -71,6 +75,7 @@ def split_by_cost(
         times: for each stage the time that each layer takes there; stages may lie on machines of different speed.
         parameters: how many numbers each layer has.
         limits: how many numbers each stage has room for; None: any.
+        stages_per_rank: V, for what an error advises.
 
     Returns:
         The layers of each stage, at least one each. Of several such splits the one whose stages are most alike.
@@ -80,9 +85,10 @@ def split_by_cost(
     """
     stages, layers = len(times), len(parameters)
     if layers < stages:
+        fewer = f"training.stages_per_rank below {stages_per_rank}, " if stages_per_rank > 1 else ""
         raise ConfigError(
             f"the model has {layers} layers, its entry and exit among them, which is too few for {stages} stages. Take "
-            "fewer ranks, or a model with more layers"
+            f"fewer ranks, {fewer}or a model with more layers"
         )
     room = limits or [math.inf] * stages
     # best[l] after s stages: (slowest, sum of squares, where the last stage begins) for the first l layers.
@@ -111,19 +117,20 @@ def split_by_cost(
     return [range(begin, end) for begin, end in itertools.pairwise(cuts)]
 
 
-def needed_room(parameters: Sequence[int], limits: Sequence[float]) -> float:
+def needed_room(parameters: Sequence[int], limits: Sequence[float], *, stages_per_rank: int = 1) -> float:
     """The smallest number that all limits have to be multiplied with so that a split exists; 1 or less: it does.
 
     Args:
         parameters: how many numbers each layer has.
         limits: how many each stage has room for; more than 0.
+        stages_per_rank: V, for what an error advises.
 
     Raises:
         ConfigError: there are fewer layers than stages.
     """
     # A split by time, where a stage takes as long as it is full.
     shares = [[held / limit for held in parameters] for limit in limits]
-    split = split_by_cost(shares, parameters)
+    split = split_by_cost(shares, parameters, stages_per_rank=stages_per_rank)
     return max(sum(parameters[layer] for layer in part) / limit for part, limit in zip(split, limits, strict=True))
 
 

@@ -77,14 +77,24 @@ def layers_of(model: nn.Module) -> Layers:
     """
     if isinstance(model, Divisible):
         return model.layers()
-    if isinstance(model, nn.Sequential) and len(model):
+    if isinstance(model, nn.Sequential) and _is_plain(model):
         # Not named_children(), which gives a module that runs twice once.
-        return Layers((), tuple(name for name, module in model._modules.items() if module is not None), ())
+        modules = {name: module for name, module in model._modules.items() if module is not None}
+        first, *blocks, last = modules if len(modules) > 1 else ("", "")
+        if first and {*modules[first].parameters()} & {*modules[last].parameters()}:
+            return Layers((first,), tuple(blocks), (last,))  # which alone may share parameters
+        return Layers((), tuple(modules), ())
     raise ConfigError(
         f"a {type(model).__name__} cannot be cut into stages, as nothing says which of its parts run one after the "
         "other. Make it an nn.Sequential, give it the methods of smolcluster.models.stage.Divisible, or choose "
         "algorithm fsdp"
     )
+
+
+def _is_plain(model: nn.Sequential) -> bool:
+    """Whether it only runs its modules: neither a subclass's forward nor a hook would be called when it is cut."""
+    hooks = (model._forward_hooks, model._forward_pre_hooks, model._backward_hooks, model._backward_pre_hooks)
+    return len(model) > 0 and getattr(model.forward, "__func__", None) is nn.Sequential.forward and not any(hooks)
 
 
 def layer_parameters(model: nn.Module, layers: Layers, layer: int) -> dict[str, nn.Parameter]:
@@ -125,6 +135,7 @@ class Stage:
         layers: which.
         is_first: it takes the model's inputs.
         is_last: it gives logits.
+        end: the module whose result is the stage's, by its name in the model; "" if it has no modules.
     """
 
     def __init__(self, model: nn.Module, layers: range) -> None:
@@ -139,10 +150,11 @@ class Stage:
         self.layers = layers
         self.is_first = layers.start == 0
         self.is_last = layers.stop == len(every)
-        self._blocks = every.blocks
-        self._run = model.forward_layers if isinstance(model, Divisible) else self._run_blocks
+        self._modules = [name for layer in layers for name in every.modules(layer)]
+        self.end = self._modules[-1] if self._modules else ""
+        self._run = model.forward_layers if isinstance(model, Divisible) else self._run_modules
         self.parameters = {n: p for layer in layers for n, p in layer_parameters(model, every, layer).items()}
-        kept = {name for layer in layers for name in every.modules(layer)}
+        kept = set(self._modules)
         for layer in range(len(every)):
             for name in every.modules(layer):
                 if name not in kept:
@@ -153,10 +165,9 @@ class Stage:
         """Run the layers; see `Divisible.forward_layers`."""
         return self._run(x, self.layers)
 
-    def _run_blocks(self, x: Tensor, layers: range) -> Tensor:
-        for layer in layers:
-            if 0 < layer <= len(self._blocks):
-                x = self.module.get_submodule(self._blocks[layer - 1])(x)
+    def _run_modules(self, x: Tensor, _: range) -> Tensor:
+        for name in self._modules:
+            x = self.module.get_submodule(name)(x)
         return x
 
 

@@ -17,7 +17,7 @@ from smolcluster.data.source import TrainingData
 from smolcluster.errors import ConfigError
 from smolcluster.memory_pools import machine_name, memory_pools
 from smolcluster.models.split import layer_costs, needed_room, split_by_blocks, split_by_cost
-from smolcluster.models.stage import Layers, layer_parameters, layers_of
+from smolcluster.models.stage import Layers, layer_parameters, layers_of, tied_parameters
 from smolcluster.training.layer_times import measure_layers
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def decide_split(
         ConfigError: the model cannot be cut, or not so.
     """
     layers, world_size = layers_of(model), comm.world_size
+    tied_parameters(model, layers)  # what it refuses is refused before anything is said of layers
     rooms = _rooms(config, comm, device)
     is_by_cost = False
     if blocks is not None:
@@ -150,8 +151,15 @@ def _times(
     if config.cluster.shares == "auto" and comm.world_size > 1:
         samples = max(1, resolved_batch_size(config) // config.training.micro_batches)
         inputs = next(iter(eval_batches(data.validation, samples))).inputs
-        own = measure_layers(model, layers, inputs, config.training.precision, device)
-        return cast("list[list[float]]", comm.exchange(list(own)))
+        own: list[float] = []
+        machines = cast("list[str]", comm.exchange(machine_name()))
+        # Ranks of one machine take turns: all at once they would measure each other's disturbance.
+        turn = machines[: comm.rank].count(machine_name())
+        for now in range(max(Counter(machines).values())):
+            if now == turn:
+                own = measure_layers(model, layers, inputs, config.training.precision, device)
+            every = comm.exchange(list(own))
+        return cast("list[list[float]]", every)
     costs = layer_costs(model, layers)
     return [[cost.time / speed for cost in costs] for speed in speeds]
 
@@ -163,8 +171,10 @@ def _split_within(
     parameters = [cost.parameters for cost in layer_costs(model, layers)]
     limits = [room / stages_per_rank for room in rooms] * stages_per_rank
     # A little more than is needed, so that rounding does not decide.
-    factor = max(1.0, needed_room(parameters, limits) * (1 + 1e-9))
-    return split_by_cost([*times] * stages_per_rank, parameters, [limit * factor for limit in limits])
+    factor = max(1.0, needed_room(parameters, limits, stages_per_rank=stages_per_rank) * (1 + 1e-9))
+    return split_by_cost(
+        [*times] * stages_per_rank, parameters, [limit * factor for limit in limits], stages_per_rank=stages_per_rank
+    )
 
 
 def _is_split(split: Sequence[range], layers: Layers, stages: int) -> bool:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, Validatio
 from smolcluster.config.schema import Config
 from smolcluster.errors import CheckpointError, ConfigError
 from smolcluster.kinds import Algorithm
-from smolcluster.run.support import sharing_ranks
+from smolcluster.run.support import STAGED, sharing_ranks
 
 RUNS = Path("runs")
 LATEST = "latest"
@@ -178,10 +178,34 @@ def batch_note(point: ResumePoint, config: Config, batch_size: int, world_size: 
     computing = 1 if config.algorithm == "single" else sharing_ranks(config, world_size)
     if batch_size * computing == before.global_batch:
         return None
-    return (
-        f"training.batch_size {batch_size} is ignored: the run's global batch of {before.global_batch} samples is kept "
-        f"and dealt anew to {computing} {'rank' if computing == 1 else 'ranks'}"
+    kept = (
+        f"training.batch_size {batch_size} is ignored: the run's global batch of {before.global_batch} samples is kept"
     )
+    if config.algorithm in STAGED and world_size > 1:
+        return f"{kept}; the layers are cut over {world_size} ranks, and every rank computes all samples"
+    return f"{kept} and dealt anew to {computing} {'rank' if computing == 1 else 'ranks'}"
+
+
+def inherited_samples(meta: RunMeta, config: Config, world_size: int) -> list[int]:
+    """Samples that each rank of the run that goes on counts as computed before, also those whose gradients wait.
+
+    Where layers are divided every rank computes all samples, elsewhere each its own. What lost ranks have computed
+    counts as rank 0's, so that the sum stays.
+
+    Args:
+        meta: of the checkpoint.
+        config: of the run that goes on.
+        world_size: its ranks.
+    """
+    own = list(meta.rank_samples)
+    if meta.config.algorithm in STAGED:
+        own = [max(own)]  # all computed the same ones
+    if config.algorithm in STAGED:
+        return [sum(own)] * world_size
+    found = [0] * world_size
+    for rank, samples in enumerate(own):
+        found[rank if rank < world_size else 0] += samples
+    return found
 
 
 def schedule_note(point: ResumePoint, config: Config) -> str | None:

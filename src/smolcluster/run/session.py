@@ -25,8 +25,7 @@ from smolcluster.monitoring.metrics import EverySteps
 from smolcluster.monitoring.resources import ProcessUsage, peak_rss_bytes
 from smolcluster.monitoring.trace import OptimizerSpans, RunTrace
 from smolcluster.run.build import Assembly, Parts, Start, assemble
-from smolcluster.run.resume import RunMeta, RunProgress, kept_split
-from smolcluster.run.support import STAGED
+from smolcluster.run.resume import RunMeta, RunProgress, inherited_samples, kept_split
 from smolcluster.training.rng import rng_state
 from smolcluster.training.role import RunContext, TrainerRole
 from smolcluster.training.strategy import DividesModel, Strategy
@@ -211,12 +210,8 @@ def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
 
 
 def _start(reader: SharedReader, meta: RunMeta, parts: Parts, comm: Communicator) -> Start:
-    """Where this rank goes on. Samples that lost ranks had computed count as rank 0's, so that the sum stays."""
-    rank_samples = [0] * comm.world_size
-    for rank, samples in enumerate(meta.rank_samples):
-        rank_samples[rank if rank < comm.world_size else 0] += samples
-    if meta.config.algorithm in STAGED:  # all ranks computed the same ones
-        rank_samples = [meta.progress.samples] * comm.world_size
+    """Where this rank goes on."""
+    rank_samples = inherited_samples(meta, parts.config, comm.world_size)
     progress = Progress(**meta.progress.model_dump() | {"rank_samples": rank_samples[comm.rank]})
     split = kept_split(meta, parts.config, comm.world_size)
     return Start(reader, progress, meta.global_batch, meta.position, split)

@@ -43,6 +43,8 @@ class OwnExperts:
     ) -> None:
         """Take the model over. Blocks until every rank has its parameters, which are rank 0's where ranks share them.
 
+        The seed of the routers' noise is rank 0's too.
+
         Args:
             model: with values, of which rank 0's count; or on the meta device.
             comm: the ranks.
@@ -74,6 +76,12 @@ class OwnExperts:
         move_buffers(model, device, precision)
         for buffer in model.buffers():
             comm.broadcast(buffer).wait()
+        # Noise is a sample's, wherever it is computed, and `single` with rank 0's model has that of rank 0.
+        seeds = comm.exchange([layer.noise_seed for layer in layers.values()])[0]
+        assert isinstance(seeds, list)
+        for layer, seed in zip(layers.values(), seeds, strict=True):
+            assert isinstance(seed, int)
+            layer.noise_seed = seed
         given = {name: param.detach() for name, param in model.named_parameters()}
         if values is not None:
             self._build(values)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from smolcluster.collectives.base import Communicator, Work
 from smolcluster.collectives.chain import ChainSum
 from smolcluster.data.batch import Batch
+from smolcluster.errors import CollectiveMismatch, ConfigError
 from smolcluster.kinds import Precision
 from smolcluster.models.partition import Unit
 from smolcluster.models.split import layer_costs, split_by_cost
@@ -60,6 +61,7 @@ _EVAL_ACK_TAG = 2**28 + 2**20
 _EVAL_SUMS_TAG = 2**29 + 32
 _PARAMETER_TAG = 2**29 + 33
 _SUMS_TAG = 2**29 + 1024
+_SAMPLES_TAG = 2**29 + 2**20  # and the step
 # Batches of an evaluation by which a stage may be ahead of the next one.
 _EVAL_AHEAD = 2
 # Sums of several steps are under way at once and may overtake each other. One tag is the totals', the others are those
@@ -89,6 +91,7 @@ class Passes:
         outputs: what goes up: activations, on the last rank the summed loss.
         arriving: messages that are expected, by (direction, stage, micro-batch).
         agreement: on the step's sums; None: backward is not done.
+        samples_before: message with the samples that each micro-batch has on the rank before; None: none, or checked.
     """
 
     step: int
@@ -105,6 +108,7 @@ class Passes:
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     arriving: dict[tuple[int, int, int], Work] = field(default_factory=dict)
     agreement: StageAgreement | None = None
+    samples_before: Work | None = None
 
 
 class StagedStrategy:
@@ -136,7 +140,7 @@ class StagedStrategy:
             optimizer_factory: makes the optimizer from this rank's parameters to train.
             comm: the ranks, in the order of the layers.
             split: the layers of each stage, over all ranks; stage s lies on rank s mod P. None: by what they cost.
-            stages_per_rank: V, where `split` does not say.
+            stages_per_rank: V; `split` must have V * P stages, but on one rank, which computes all as one.
             staleness_bound: K, the steps by which a gradient is applied late.
             grad_clip_norm: bound of the global gradient norm; None: never clipped.
             lr_schedule: learning rate of update i; None: what the optimizer has.
@@ -145,14 +149,23 @@ class StagedStrategy:
             skip_nonfinite: pass over updates that are not finite instead of stopping.
             values: the parameters of a unit by name, where the model's lie on the meta device: the whole of it is then
                 on no rank. The same on every rank.
+
+        Raises:
+            ConfigError: the model cannot be cut so, or `split` has another number of stages.
         """
+        stages = comm.world_size * stages_per_rank
         if split is None:
             layers = layers_of(model)
             costs = layer_costs(model, layers)
-            stages = comm.world_size * stages_per_rank
-            split = split_by_cost([[cost.time for cost in costs]] * stages, [cost.parameters for cost in costs])
+            times = [[cost.time for cost in costs]] * stages
+            split = split_by_cost(times, [cost.parameters for cost in costs], stages_per_rank=stages_per_rank)
         if comm.world_size == 1 and split:  # stages of one rank have nobody to speak to
             split = [range(split[0].start, split[-1].stop)]
+        elif len(split) != stages:
+            raise ConfigError(
+                f"split has {len(split)} stages, but {comm.world_size} ranks with {stages_per_rank} each have "
+                f"{stages}. Give the layers of {stages} stages, or leave split out"
+            )
         self._stages = OwnStages(model, split, comm, precision=precision, device=device, values=values)
         self._comm = comm
         self._trained = self._stages.trained()
@@ -196,6 +209,7 @@ class StagedStrategy:
             self._most_stashed = max(self._most_stashed, sum(bool(step.params) for step in self._under_way))
         self._step += 1
         self._micro += len(batches)
+        self._tell_samples(passes)
         computed = [micro for micro, batch in enumerate(batches) if batch.samples]
         for stage in self._stages.own:
             for micro in computed:
@@ -219,6 +233,7 @@ class StagedStrategy:
         if own.is_first:
             x = given = self._inputs(batch)
         else:
+            self._check_samples()
             x = self._arrived(passes, _UP, stage, micro)
             passes.gradients[stage, micro] = []
             given = _Arrival.apply(self._anchor, x, passes.gradients[stage, micro])  # type: ignore[no-untyped-call]
@@ -259,7 +274,7 @@ class StagedStrategy:
         """3 agree, 4 step: apply the gradient that is due, if one is."""
         if len(self._under_way) <= self._staleness_bound:
             return None
-        return self._apply(self._under_way.popleft())
+        return self._apply()
 
     # ---- a step's end
 
@@ -285,8 +300,10 @@ class StagedStrategy:
         count = count_targets(passes.batches)
         return [loss_sum, count, samples, passes.planned, float(not math.isfinite(loss_sum))]
 
-    def _apply(self, due: Passes) -> StepResult:
-        """Wait for the sums of all ranks, correct the gradient to the mean, clip, and step this rank's parameters."""
+    def _apply(self) -> StepResult:
+        """Of the oldest step: wait for all ranks' sums, correct the gradient to the mean, clip, step the parameters."""
+        self._check_samples()
+        due = self._under_way.popleft()
         assert due.agreement is not None, "its backward is done"
         with self._comm.telemetry.span("comm_wait"):
             due.agreement.wait()
@@ -322,6 +339,7 @@ class StagedStrategy:
 
     def _drain(self) -> None:
         """Run all backward passes that are left, of the oldest step first."""
+        self._check_samples()
         for passes in self._under_way:
             for micro in range(len(passes.batches)):
                 for stage in reversed(self._stages.own):
@@ -337,6 +355,35 @@ class StagedStrategy:
         """Of the message to `stage`."""
         place = (passes.first_micro + micro) * self._stages.number + stage
         return (2 * place + direction) % _MICRO_TAGS
+
+    def _tell_samples(self, passes: Passes) -> None:
+        """Tell the next rank how many samples each micro-batch has, and expect to hear it from the one before."""
+        rank, tag = self._comm.rank, _SAMPLES_TAG + passes.step % _STEPS_APART
+        if rank < self._comm.world_size - 1:
+            self._send(torch.tensor([batch.samples for batch in passes.batches], dtype=torch.int64), rank + 1, tag)
+        if rank > 0:
+            passes.samples_before = self._comm.recv(rank - 1, tag)
+
+    def _check_samples(self) -> None:
+        """Compare them, of all steps under way: ranks that expect other messages would wait for each other for ever.
+
+        What is compared was sent before the step's first activation, so this waits no longer than that will take.
+
+        Raises:
+            CollectiveMismatch: the rank before this one was given other micro-batches.
+        """
+        for passes in self._under_way:
+            if passes.samples_before is None:
+                continue
+            [told] = passes.samples_before.result()
+            passes.samples_before = None
+            before, own = told.tolist(), [batch.samples for batch in passes.batches]
+            if before != own:
+                rank = self._comm.rank
+                raise CollectiveMismatch(
+                    f"step {passes.step}: rank {rank} was given micro-batches of {own} samples, but rank {rank - 1} of "
+                    f"{before}. Every rank computes the whole batch of a step: give every rank the same micro-batches"
+                )
 
     def _receive(self, passes: Passes, direction: int, stage: int, micro: int) -> Work:
         sender = stage - 1 if direction == _UP else stage + 1
@@ -368,11 +415,16 @@ class StagedStrategy:
 
     def _run(self, stage: int, x: Tensor) -> Tensor:
         own, half = self._stages.own[stage], AUTOCAST_DTYPES.get(self._precision)
-        if half is None:
-            return own(x)
-        with torch.autocast(x.device.type, dtype=half):
-            out = own(x)
-        return out.float() if own.is_last else out  # a sum of thousands of losses has no place in 11 bits
+        with contextlib.nullcontext() if half is None else torch.autocast(x.device.type, dtype=half):
+            out: object = own(x)  # a module of the user's, whatever its signature says
+        if not isinstance(out, Tensor):
+            raise ConfigError(
+                f"layer {own.end!r} of the {type(self.model).__name__} gives a {type(out).__name__}, but stage {stage} "
+                "ends with it, and a stage gives one tensor. Cut the model elsewhere (split=, or "
+                "cluster.layer_distribution), let the layer give one tensor, or choose algorithm fsdp"
+            )
+        # A sum of thousands of losses has no place in 11 bits.
+        return out.float() if half is not None and own.is_last else out
 
     # ---- the rest of a Strategy
 
@@ -425,7 +477,7 @@ class StagedStrategy:
     def finish(self) -> list[StepResult]:
         """Apply what is still under way, in order; their results, oldest first."""
         self._drain()
-        results = [self._apply(self._under_way.popleft()) for _ in range(len(self._under_way))]
+        results = [self._apply() for _ in range(len(self._under_way))]
         while self._sending:
             self._sending.popleft().wait()
         self._stages.collect_buffers()
