@@ -46,6 +46,15 @@ def added(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
+KINDS = list(itertools.product(DTYPES, SHAPES))
+
+
+def of_kind(kind: int, rank: int) -> Tensor:
+    """What a rank brings into a sum of tensors of one of KINDS."""
+    dtype, shape = KINDS[kind]
+    return values(torch.Size(shape).numel(), dtype, rank).reshape(shape)
+
+
 @pytest.fixture
 def only_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever waits for something that is not there yet fails."""
@@ -86,19 +95,13 @@ def test_a_chain_sum_adds_from_rank_0_upwards_and_is_the_same_bits_everywhere(
 
 @on_engines_of_two
 def test_a_chain_sum_takes_any_dtype_and_shape(run_ranks: RunRanks, world_size: int) -> None:
-    kinds = list(itertools.product(DTYPES, SHAPES))
-
-    def part(kind: int, rank: int) -> Tensor:
-        dtype, shape = kinds[kind]
-        return values(torch.Size(shape).numel(), dtype, rank).reshape(shape)
-
     def fn(comm: Communicator) -> None:
-        for kind in range(len(kinds)):
-            tensor = part(kind, comm.rank)
+        for kind in range(len(KINDS)):
+            tensor = of_kind(kind, comm.rank)
             address = tensor.data_ptr()
             ChainSum(comm, tensor, TAG).wait()
             assert tensor.data_ptr() == address
-            assert same_bits([added([part(kind, rank) for rank in range(world_size)]), tensor]), kinds[kind]
+            assert same_bits([added([of_kind(kind, rank) for rank in range(world_size)]), tensor]), KINDS[kind]
 
     run_ranks(world_size, fn)
 
@@ -208,18 +211,12 @@ def test_the_ends_have_the_same_sum_and_the_ranks_between_bring_nothing(run_rank
 
 @on_engines_of_two
 def test_an_ends_sum_takes_any_dtype_and_shape(run_ranks: RunRanks, world_size: int) -> None:
-    kinds = list(itertools.product(DTYPES, SHAPES))
-
-    def part(kind: int, rank: int) -> Tensor:
-        dtype, shape = kinds[kind]
-        return values(torch.Size(shape).numel(), dtype, rank).reshape(shape)
-
     def fn(comm: Communicator) -> None:
-        for kind in range(len(kinds)):
-            tensor = part(kind, comm.rank) if comm.rank in (0, world_size - 1) else None
+        for kind in range(len(KINDS)):
+            tensor = of_kind(kind, comm.rank) if comm.rank in (0, world_size - 1) else None
             EndsSum(comm, tensor, TAG).wait()
             if tensor is not None:
-                assert same_bits([part(kind, 0) + part(kind, world_size - 1), tensor]), kinds[kind]
+                assert same_bits([of_kind(kind, 0) + of_kind(kind, world_size - 1), tensor]), KINDS[kind]
 
     run_ranks(world_size, fn)
 

@@ -231,17 +231,8 @@ class ClassicDP:
 
 
 def _as_pending(item: _StepUnderWay) -> PendingGradient:
-    sums = item.gradients.wait()
-    return PendingGradient(
-        step=item.gradients.step,
-        loss_sum=sums.loss_sum,
-        count=sums.count,
-        samples=sums.samples,
-        nonfinite=sums.nonfinite,
-        planned=item.planned,
-        loss_scale=item.loss_scale,
-        grads=item.gradients.grads,
-    )
+    sums, gradients = item.gradients.wait(), item.gradients
+    return PendingGradient.of(gradients.step, sums, item.planned, item.loss_scale, gradients.grads)
 
 
 def _broadcast_model(model: nn.Module, comm: Communicator) -> None:

@@ -329,18 +329,8 @@ class ExpertParallel:
             found = dict(zip(self._experts, item.expert_grads, strict=True))
             if comm.rank == 0:
                 found |= dict(zip(self._shared, item.gradients.grads, strict=True))
-            pending.append(
-                PendingGradient(
-                    step=item.gradients.step,
-                    loss_sum=sums.loss_sum,
-                    count=sums.count,
-                    samples=sums.samples,
-                    nonfinite=sums.nonfinite,
-                    planned=item.planned,
-                    loss_scale=item.loss_scale,
-                    grads=[found.get(name) for name in self._own.names],
-                )
-            )
+            grads = [found.get(name) for name in self._own.names]
+            pending.append(PendingGradient.of(item.gradients.step, sums, item.planned, item.loss_scale, grads))
         shards |= pending_state(pending, self._own.names, with_sums=comm.rank == 0)
         return shards
 

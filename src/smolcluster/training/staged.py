@@ -543,18 +543,8 @@ class StagedStrategy:
             passes.agreement.wait()
             sums = passes.agreement.sums()
             answered = {name: grad for name, grad in passes.grads.items() if stages.answers_for(name)}
-            pending.append(
-                PendingGradient(
-                    step=passes.step,
-                    loss_sum=sums.loss_sum,
-                    count=sums.count,
-                    samples=sums.samples,
-                    nonfinite=sums.nonfinite,
-                    planned=sums.planned,
-                    loss_scale=passes.loss_scale,
-                    grads=[answered.get(name) for name in stages.names],
-                )
-            )
+            grads = [answered.get(name) for name in stages.names]
+            pending.append(PendingGradient.of(passes.step, sums, sums.planned, passes.loss_scale, grads))
         found |= pending_state(pending, stages.names, with_sums=self._comm.rank == 0)
         return found
 

@@ -464,6 +464,30 @@ def is_applicable(
     )
 
 
+class HasSums(Protocol):
+    """What all ranks contributed to a step besides gradients, as each algorithm that adds it up keeps it."""
+
+    @property
+    def loss_sum(self) -> float:
+        """Over all targets."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Targets computed."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Samples computed."""
+        ...
+
+    @property
+    def nonfinite(self) -> int:
+        """Ranks whose loss or gradient was not finite."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PendingGradient:
     """A step's gradient, summed over all ranks, that waits for its turn (K > 0): what a checkpoint keeps of it.
@@ -487,6 +511,13 @@ class PendingGradient:
     planned: int
     loss_scale: float
     grads: list[Tensor | None]
+
+    @classmethod
+    def of(
+        cls, step: int, sums: HasSums, planned: int, loss_scale: float, grads: list[Tensor | None]
+    ) -> PendingGradient:
+        """That of a step whose sums are known; see the attributes."""
+        return cls(step, sums.loss_sum, sums.count, sums.samples, sums.nonfinite, planned, loss_scale, grads)
 
 
 def model_state(model: nn.Module) -> dict[str, Shard]:
