@@ -11,7 +11,8 @@ Step      1 zero_grad  2 forward and backward passes as the schedule says  3 agr
 Cost      as mp: what one stage gives the next goes up and down once per step, in M parts; with V stages a rank
           ("interleaved") V times as much, also from the last rank to the first. Bubble: (P-1) / (VM+P-1). Memory: a
           rank's layers, and the activations of M micro-batches ("gpipe") or of at most P ("1f1b", and a little more
-          "interleaved").
+          "interleaved"). Gradients of linear layers' weights are computed when those of a stage's inputs are on their
+          way, so the bubble is a little smaller than that (training/late_weights.py).
 Staleness K = 0: as plain training. K > 0: a gradient is applied K steps late, on all ranks alike; the pipeline is not
           drained at a step's end, so there is no bubble. Each step in flight has its own copy of the weights.
 Breaks if M is small: with M = P almost half of the time is bubble. If one stage takes longer, all wait for it.
@@ -83,6 +84,7 @@ class Pipeline(StagedStrategy):
             device=device,
             skip_nonfinite=skip_nonfinite,
             values=values,
+            has_late_weights=True,
         )
         self._schedule_name: PipelineSchedule = schedule
         self._schedule: Schedule | None = None

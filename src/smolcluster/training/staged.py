@@ -28,6 +28,7 @@ from smolcluster.kinds import Precision
 from smolcluster.models.partition import Unit
 from smolcluster.models.split import layer_costs, split_by_cost
 from smolcluster.models.stage import layers_of
+from smolcluster.training.late_weights import LateWeights
 from smolcluster.training.modules import bring_to_first, buffers_of
 from smolcluster.training.optim import OptimizerFactory, optimizer_state
 from smolcluster.training.own_stages import OwnStages
@@ -132,6 +133,7 @@ class StagedStrategy:
         device: torch.device | str = "cpu",
         skip_nonfinite: bool = False,
         values: Callable[[Unit], Mapping[str, Tensor]] | None = None,
+        has_late_weights: bool = False,
     ) -> None:
         """Take the model over and give this rank its layers. Blocks until every rank has done so.
 
@@ -149,6 +151,8 @@ class StagedStrategy:
             skip_nonfinite: pass over updates that are not finite instead of stopping.
             values: the parameters of a unit by name, where the model's lie on the meta device: the whole of it is then
                 on no rank. The same on every rank.
+            has_late_weights: gradients of linear layers' weights are computed when those of the stage's inputs have
+                left; see training/late_weights.py.
 
         Raises:
             ConfigError: the model cannot be cut so, or `split` has another number of stages.
@@ -169,6 +173,9 @@ class StagedStrategy:
         self._stages = OwnStages(model, split, comm, precision=precision, device=device, values=values)
         self._comm = comm
         self._trained = self._stages.trained()
+        # The first stage has nobody who waits for it.
+        later = [(n, stage) for n, stage in self._stages.own.items() if has_late_weights and not stage.is_first]
+        self._late = {number: LateWeights(stage.module) for number, stage in later}
         # A rank may have nothing to train; optimizers want something to step.
         owned = list(self._trained.values()) or [nn.Parameter(torch.empty(0, device=device))]
         self._optimizer = optimizer_factory(owned)
@@ -266,6 +273,9 @@ class StagedStrategy:
             found = passes.gradients.pop((stage, micro))
             back = found[0] if found else torch.zeros_like(x)
             self._send(back, stage - 1, self._tag(passes, _DOWN, stage - 1, micro))
+            if stage in self._late:
+                with self._comm.telemetry.span("backward", {"step": passes.step, "stage": stage, "micro_batch": micro}):
+                    self._late[stage].compute()
         passes.left -= 1
         if not passes.left:
             self._agree(passes)
