@@ -43,7 +43,15 @@ def build_gpt(seed: int, blocks: int = 6) -> nn.Module:
 def build_llama(seed: int, **changes: Any) -> nn.Module:
     """A random Llama with a tied head."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 6}
-    config = hf_config("llama", **{**sizes, **changes})
+    return _build_hf(hf_config("llama", **{**sizes, **changes}), seed)
+
+
+def build_gpt2(seed: int) -> nn.Module:
+    """A random GPT-2 of transformers, whose linear layers are of a class of its own."""
+    return _build_hf(hf_config("gpt2", vocab_size=VOCAB, n_embd=8, n_head=2, n_layer=6), seed)
+
+
+def _build_hf(config: Any, seed: int) -> nn.Module:
     with _RANDOM, torch.random.fork_rng(devices=[]):
         inner = transformers().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         init_hf_parameters(inner, seed)

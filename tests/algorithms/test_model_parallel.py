@@ -10,12 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.equality import Case, build_simple_nn, check_equal, run_single
-from algorithms.staged import build_gpt, build_llama, drawn, even_split, make_staged, run_staged, staged_batches
+from algorithms.staged import (
+    build_gpt,
+    build_gpt2,
+    build_llama,
+    drawn,
+    even_split,
+    make_staged,
+    run_staged,
+    staged_batches,
+)
 from collectives.contract import open_group, run_group
 from smolcluster.algorithms.model_parallel import ModelParallel
 from smolcluster.collectives.base import Communicator, Work
 from smolcluster.errors import ConfigError, TrainingStopped
 from smolcluster.models.checkpointing import checkpoint_activations
+from smolcluster.training.late_weights import LateWeights
 from smolcluster.training.optim import optimizer_factory
 
 CASE = Case(build=build_gpt)
@@ -68,6 +78,12 @@ def test_a_pipeline_that_is_never_drained_equals_single(world_size: int, bound: 
 def test_a_llama_equals_single(world_size: int, schedule: str | None, micro_batches: int) -> None:
     case = replace(CASE, build=build_llama, micro_batches=micro_batches)
     check_equal(single(case), run_staged(case, world_size, **named(schedule)), "fp64")
+
+
+@pytest.mark.parametrize("schedule", [None, "1f1b"])
+def test_a_hugging_face_gpt2_equals_single(schedule: str | None) -> None:
+    case = replace(CASE, build=build_gpt2, micro_batches=3)
+    check_equal(single(case), run_staged(case, 3, **named(schedule)), "fp64")
 
 
 @pytest.mark.parametrize("schedule", [None, "1f1b"])
@@ -234,6 +250,45 @@ class CountingCommunicator:
         if name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "exchange", "barrier"):
             self.others.append(name)
         return getattr(self._comm, name)
+
+
+class SendingCommunicator:
+    """Notes when it sends to rank 0; passes everything on."""
+
+    def __init__(self, comm: Communicator, events: list[str]) -> None:
+        self._comm = comm
+        self._events = events
+
+    def send(self, tensor: Tensor, dst: int, tag: int) -> Work:
+        if dst == 0 and tensor.dim() == 3:
+            self._events.append("sent")
+        return self._comm.send(tensor, dst, tag)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_gradients_of_weights_are_computed_when_those_of_activations_have_left(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(CASE, micro_batches=3).with_options(schedule=schedule)
+    events: list[str] = []
+    compute = LateWeights.compute
+
+    def noted(late: LateWeights) -> None:
+        events.append("computed")
+        compute(late)
+
+    monkeypatch.setattr(LateWeights, "compute", noted)
+
+    def train(comm: Communicator) -> None:
+        sending: Any = SendingCommunicator(comm, events)
+        strategy = make_staged(case.build(comm.rank), sending, case)
+        strategy.train_step(staged_batches(case, 0, comm.rank, comm.world_size))
+
+    run_group(open_group("local", 2), train)
+    assert events == ["sent", "computed"] * 3
 
 
 @pytest.mark.parametrize("schedule", [None, "gpipe", "1f1b"])

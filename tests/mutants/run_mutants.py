@@ -219,6 +219,13 @@ MUTANTS = (
         EP_TESTS,
     ),
     Mutant(
+        "ep: each rank has router noise of its own",
+        "training/own_experts.py",
+        "            layer.noise_seed = seed\n",
+        "            pass\n",
+        EP_TESTS,
+    ),
+    Mutant(
         "mp: a stage without optimizer step",
         "training/staged.py",
         "            self._optimizer.step()\n",
@@ -231,6 +238,21 @@ MUTANTS = (
         "torch.full_like(out, passes.loss_scale / passes.planned)",
         "torch.full_like(out, passes.loss_scale / max(count_targets([passes.batches[micro]]), 1) / 2)",
         STAGED_TESTS,
+    ),
+    Mutant(
+        "pipeline: weights whose gradients wait are left out",
+        "training/staged.py",
+        "                    self._late[stage].compute()\n",
+        "                    pass\n",
+        STAGED_TESTS,
+    ),
+    Mutant(
+        "pipeline: the stage before waits for gradients of weights",
+        "training/late_weights.py",
+        "        self._waiting.append((weight, x.t(), grad) if is_transposed else (weight, grad.t(), x))\n",
+        "        self._waiting.append((weight, x.t(), grad) if is_transposed else (weight, grad.t(), x))\n"
+        "        self.compute()\n",
+        ("tests/training/test_late_weights.py",),
     ),
     Mutant(
         "mp: a tied head is trained without what the embedding has found",

@@ -70,12 +70,32 @@ def test_weights_wait_until_they_are_computed() -> None:
     module = make_module("plain")
     late = LateWeights(module)
     backward(module, 0, (2, 3))
-    assert all(grad is None for grad in grads(module).values())
+    assert {name for name, grad in grads(module).items() if grad is None} == {"0.weight", "2.weight"}
     late.compute()
     first = grads(module)
     assert all(grad is not None for grad in first.values())
     late.compute()  # nothing waits any more
     assert all(torch.equal(grads(module)[name], grad) for name, grad in first.items() if grad is not None)
+
+
+def test_inputs_that_were_changed_in_place_are_noticed_as_autograd_does() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 2
+            out: Tensor = self.linear(x)
+            x.add_(1)
+            return out + x
+
+    module = InPlace()
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"in.?place"):
+            module(x).sum().backward()
+        LateWeights(module)
 
 
 def test_what_autograd_or_a_hook_is_to_see_does_not_wait() -> None:
