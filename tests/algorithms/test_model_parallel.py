@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from algorithms.equality import Case, build_simple_nn, check_equal, run_single
+from algorithms.equality import Case, build_simple_nn, check_equal
 from algorithms.staged import (
     build_gpt,
     build_gpt2,
@@ -18,6 +18,7 @@ from algorithms.staged import (
     even_split,
     make_staged,
     run_staged,
+    single,
     staged_batches,
 )
 from collectives.contract import open_group, run_group
@@ -30,11 +31,6 @@ from smolcluster.training.optim import optimizer_factory
 
 CASE = Case(build=build_gpt)
 SCHEDULES = ["gpipe", "1f1b", "interleaved"]
-
-
-def single(case: Case) -> Any:
-    """The reference, which knows no schedule."""
-    return run_single(replace(case, options={k: v for k, v in case.options.items() if k != "schedule"}))
 
 
 def named(schedule: str | None) -> dict[str, str]:

@@ -11,8 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms.equality import VOCAB, Case, Outcome, check_equal, run_single
-from algorithms.staged import build_gpt, build_llama, even_split, make_staged, outcome_of, run_staged, staged_batches
+from algorithms.equality import VOCAB, Case, Outcome, check_equal
+from algorithms.staged import (
+    build_gpt,
+    build_llama,
+    even_split,
+    make_staged,
+    outcome_of,
+    run_staged,
+    single,
+    staged_batches,
+)
 from collectives.contract import open_group, run_group
 from smolcluster.collectives.base import Communicator
 from smolcluster.models.checkpointing import checkpoint_activations
@@ -24,11 +33,6 @@ ALGORITHMS: list[dict[str, Any]] = [{}, {"schedule": "gpipe"}, {"schedule": "1f1
 FEW: list[dict[str, Any]] = [{}, {"schedule": "1f1b"}]
 # Eight layers on three ranks: 0 to 2, 3 to 5, 6 and 7.
 STAGES = ("entry and blocks 0 and 1", "blocks 2 to 4", "block 5 and exit")
-
-
-def single(case: Case) -> Any:
-    """The reference, which knows no schedule."""
-    return run_single(replace(case, options={k: v for k, v in case.options.items() if k != "schedule"}))
 
 
 def build_untied(seed: int) -> nn.Module:
