@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from smolcluster.cli import bench, config, demo, export, plan, token, train
+from smolcluster.cli import bench, chat, config, demo, export, plan, serve, token, train
 from smolcluster.errors import ConfigError, SmolError
 
 EXIT_INTERRUPTED = 130
@@ -30,6 +30,9 @@ app.command("train")(train.train)
 app.command("node")(train.node)
 app.command("demo")(demo.demo)
 app.command("export")(export.export)
+app.command("serve")(serve.serve)
+app.command("generate")(serve.generate)
+app.command("chat")(chat.chat)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(plan.app, name="plan")

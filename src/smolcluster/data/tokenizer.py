@@ -51,8 +51,12 @@ class Tokenizer(Protocol):
         """Ids of a text: (n,) int64 on CPU, with what the tokenizer puts before a text (Llama's `<s>`)."""
         ...
 
+    def encode_whole(self, text: str) -> Tensor:
+        """Ids of a text that has everything which belongs around it: nothing is added."""
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[Tensor]:
-        """The same for many texts."""
+        """The same as `encode` for many texts."""
         ...
 
     def decode(self, tokens: Tensor) -> str:
@@ -75,6 +79,10 @@ class ByteTokenizer:
         if not text:
             return torch.empty(0, dtype=torch.int64)  # frombuffer refuses an empty buffer
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(torch.int64)
+
+    def encode_whole(self, text: str) -> Tensor:
+        """The same: nothing is ever added."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tensor]:
         """The UTF-8 bytes of each text."""
@@ -142,6 +150,10 @@ class HFTokenizer:
     def encode(self, text: str) -> Tensor:
         """Ids of a text: (n,) int64, with the special tokens that the tokenizer puts around a text."""
         return self.encode_batch([text])[0]
+
+    def encode_whole(self, text: str) -> Tensor:
+        """Ids of a text: (n,) int64, with the special tokens that are written in it and no others."""
+        return torch.tensor(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tensor]:
         """Ids of each text."""

@@ -55,7 +55,7 @@ def read_config(folder: Path) -> JsonObject:
     Raises:
         ConfigError: it is unreadable.
     """
-    return _read_json(folder / CONFIG)
+    return read_json(folder / CONFIG)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / WEIGHTS_INDEX).is_file():
-        weight_map = _read_json(folder / WEIGHTS_INDEX).get("weight_map")
+        weight_map = read_json(folder / WEIGHTS_INDEX).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise ConfigError(f"{folder / WEIGHTS_INDEX} does not say which files of the folder hold the weights")
@@ -96,7 +96,12 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(file: Path) -> JsonObject:
+def read_json(file: Path) -> JsonObject:
+    """A file of a folder.
+
+    Raises:
+        ConfigError: it is unreadable, or no JSON object.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as exc:

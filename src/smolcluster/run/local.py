@@ -154,7 +154,7 @@ class _LocalRun:
             command=[sys.executable, "-m", "smolcluster.run.rank"],
             bootstrap=bootstrap.model_dump(mode="json"),
             log_path=self._folder.log_path(bootstrap.rank),
-            environment=_environment(),
+            environment=child_environment(),
         )
 
     def _again(self, rank: int) -> ChildSpec:
@@ -217,8 +217,8 @@ class _LocalRun:
             self._result = message
 
 
-def _environment() -> dict[str, str]:
-    """The ranks run the code that this process runs, also from a checkout that is not installed."""
+def child_environment() -> dict[str, str]:
+    """What child processes need besides, to run the code that this process runs, also from a checkout."""
     root = Path(smolcluster.__file__).parent.parent
     installed = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
     if root in installed:

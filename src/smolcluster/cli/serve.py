@@ -1,0 +1,144 @@
+"""`smolcluster serve` and `smolcluster generate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from smolcluster.cli.train import ClusterFile, ConfigFiles, Local, Overrides, Preset, Quiet, say_to_stderr
+from smolcluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from smolcluster.config.schema import ServingConfig
+
+LATER = "Comes in a later release."
+Model: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="FOLDER_OR_HF_ID", help="A Hugging Face folder, such as an export, or an id.")
+]
+DType: TypeAlias = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, fp64, fp32, bf16, fp16, int8 or int8-dynamic.")
+]
+Device: TypeAlias = Annotated[str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda or mps.")]
+
+
+def serve(
+    model: Model = None,
+    local: Local = None,
+    cluster: ClusterFile = None,
+    split: Annotated[str | None, typer.Option(metavar="6,5,1", help="Blocks of each stage.")] = None,
+    dtype: DType = "fp32",
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at; 0: any.", min=0, max=65535)] = 8080,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file with the key that clients have to send.")
+    ] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Requests that are answered at once.", min=1)] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", min=0)] = None,
+    preset: Preset = None,
+    config: ConfigFiles = None,
+    override: Overrides = None,
+    device: Device = "cpu",
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Answers do not depend on each other, to the last bit; slower.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a language model over HTTP: OpenAI's API, server-sent events and WebSocket."""
+    _refuse_several(local, cluster)
+    settings = _settings(preset, config, override, max_concurrent, max_queue)
+    key = None if api_key_file is None else read_key(api_key_file)
+    from smolcluster.run.serve import Layout, listen_http, make_server, make_service, run_server
+
+    listener = listen_http(host, port)
+    layout = Layout(local or 1, _blocks(split), is_deterministic=deterministic)
+    service = make_service(_model(model, settings), settings, dtype=dtype, device=device, layout=layout)
+    listener.listen()  # who connects from now on is answered
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    say_to_stderr(quiet)(f"{service.model} is served at {address}; stop with Ctrl-C")
+    try:
+        run_server(make_server(service, host, key=key), listener)
+    finally:
+        service.close()
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="The text's beginning.")],
+    model: Model = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens to write.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.", min=0.0)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest tokens.", min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.", min=0, max=2**63 - 1)] = None,
+    local: Local = None,
+    dtype: DType = "fp32",
+    preset: Preset = None,
+    config: ConfigFiles = None,
+    override: Overrides = None,
+    device: Device = "cpu",
+) -> None:
+    """Let a language model write on, without a server."""
+    _refuse_several(local, None)
+    settings = _settings(preset, config, override, 1, None)
+    from smolcluster.run.serve import Layout, make_service, write_on
+    from smolcluster.serving.service import Wishes
+
+    layout = Layout(local or 1)
+    service = make_service(_model(model, settings), settings, dtype=dtype, device=device, layout=layout)
+    wishes = Wishes(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    print(prompt, end="", flush=True)
+    rate = write_on(service, prompt, wishes, lambda piece: print(piece, end="", flush=True))
+    print()
+    print(rate, file=sys.stderr)
+
+
+def _settings(
+    preset: str | None,
+    config: list[Path] | None,
+    override: list[str] | None,
+    max_concurrent: int | None,
+    max_queue: int | None,
+) -> ServingConfig:
+    from smolcluster.config.load import load_config
+
+    settings = load_config(preset=preset, files=config or (), overrides=override or ()).config.serving
+    given = {"max_concurrent": max_concurrent, "max_queue": max_queue}
+    return settings.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+
+def _model(model: str | None, settings: ServingConfig) -> str:
+    name = model or settings.hf_model_name
+    if name is None:
+        raise ConfigError("no model is named. Give --model FOLDER_OR_HF_ID, or set serving.hf_model_name")
+    return name
+
+
+def read_key(file: Path) -> str:
+    """The key in a file, which holds nothing else."""
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(
+            f"--api-key-file {file} cannot be read ({exc}). Name a file with the key in one line"
+        ) from exc
+    if not key or "\n" in key:
+        raise ConfigError(f"--api-key-file {file} must have the key, and nothing else, in one line")
+    return key
+
+
+def _refuse_several(local: int | None, cluster: Path | None) -> None:
+    if cluster is not None:
+        raise ConfigError("a model over several machines comes in a later release. Leave out --cluster")
+    if local is not None and local < 1:
+        raise ConfigError(f"--local {local}: give the number of stages, 1 or more")
+
+
+def _blocks(split: str | None) -> tuple[int, ...] | None:
+    if split is None:
+        return None
+    try:
+        return tuple(int(part) for part in split.split(","))
+    except ValueError:
+        raise ConfigError(f"--split {split}: give the blocks of each stage, such as 6,5,1") from None

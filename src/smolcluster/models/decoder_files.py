@@ -1,0 +1,135 @@
+"""Loads the layers of a decoder from a Hugging Face folder: those of a stage, and nothing of the rest."""
+
+# ruff: noqa: N806 - shape suffixes are capitals
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smolcluster.models.decoder import Block, Decoder, Entry, Exit, KeyValueCache, Norm
+from smolcluster.models.decoder_config import DecoderConfig
+from smolcluster.models.linear import Linear, WeightKind, make_linear
+from smolcluster.models.tensor_files import TensorFiles
+
+
+class DecoderLoader:
+    """Reads layers, and keeps those that it was asked for last."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        kind: WeightKind = "plain",
+        device: torch.device | str = "cpu",
+        *,
+        is_isolated: bool = False,
+    ) -> None:
+        """Args:
+        config: what the folder describes.
+        dtype: of weights and activations.
+        kind: what the matrices are kept as.
+        device: where everything is to lie.
+        is_isolated: see Decoder.
+        """
+        self._is_isolated = is_isolated
+        self._config, self._dtype, self._kind, self._device = config, dtype, kind, torch.device(device)
+        self._base = ""
+        self._kept: dict[int, Entry | Block | Exit] = {}
+
+    def load(self, files: TensorFiles, layers: range, *, slots: int, length: int) -> Decoder:
+        """Some layers, with an empty cache; blocks while it reads those that are not there yet.
+
+        Args:
+            files: of the model's folder.
+            layers: 0 is the entry, 1 to n are the blocks, n + 1 is the exit; see models/stage.py.
+            slots: sequences that are kept at once.
+            length: positions of each.
+
+        Raises:
+            CheckpointError: a tensor is missing or damaged.
+        """
+        config, self._files = self._config, files
+        base = "transformer." if config.is_gpt2 else "model."
+        # A folder may be that of the model inside the language model.
+        self._base = base if any(name.startswith(base) for name in files.tensors) else ""
+        self._kept = {layer: self._kept[layer] for layer in layers if layer in self._kept}
+        for layer in layers:
+            if layer not in self._kept:
+                self._kept[layer] = self._layer(layer)
+        found = [self._kept[layer] for layer in layers]
+        blocks = [(layer - 1, part) for layer, part in zip(layers, found, strict=True) if isinstance(part, Block)]
+        return Decoder(
+            config,
+            next((part for part in found if isinstance(part, Entry)), None),
+            blocks,
+            next((part for part in found if isinstance(part, Exit)), None),
+            KeyValueCache(config, len(blocks), slots, length, self._dtype, self._device),
+            self._dtype,
+            is_isolated=self._is_isolated,
+        )
+
+    def _layer(self, layer: int) -> Entry | Block | Exit:
+        if layer == 0:
+            return self._entry()
+        return self._exit() if layer == self._config.num_layers + 1 else self._block(layer - 1)
+
+    def _entry(self) -> Entry:
+        if self._config.is_gpt2:
+            return Entry(self._tensor("wte.weight"), self._tensor("wpe.weight"))
+        return Entry(self._tensor("embed_tokens.weight"), None)
+
+    def _exit(self) -> Exit:
+        norm = self._norm("ln_f" if self._config.is_gpt2 else "norm")
+        tied = "wte.weight" if self._config.is_gpt2 else "embed_tokens.weight"
+        entry = self._kept.get(0)
+        if not self._config.is_tied:
+            head = self._cast(self._files.read("lm_head.weight"))
+        else:  # not read and kept twice
+            head = entry.tokens if isinstance(entry, Entry) else self._tensor(tied)
+        return Exit(norm, make_linear(head, None, self._kind))
+
+    def _block(self, number: int) -> Block:
+        if self._config.is_gpt2:
+            at = f"h.{number}"
+            return Block(
+                attention_norm=self._norm(f"{at}.ln_1"),
+                qkv=self._linear([f"{at}.attn.c_attn"], has_bias=True, is_transposed=True),
+                out=self._linear([f"{at}.attn.c_proj"], has_bias=True, is_transposed=True),
+                ff_norm=self._norm(f"{at}.ln_2"),
+                up=self._linear([f"{at}.mlp.c_fc"], has_bias=True, is_transposed=True),
+                down=self._linear([f"{at}.mlp.c_proj"], has_bias=True, is_transposed=True),
+            )
+        at = f"layers.{number}"
+        config = self._config
+        return Block(
+            attention_norm=self._norm(f"{at}.input_layernorm"),
+            qkv=self._linear([f"{at}.self_attn.{part}_proj" for part in "qkv"], has_bias=config.has_qkv_bias),
+            out=self._linear([f"{at}.self_attn.o_proj"], has_bias=config.has_out_bias),
+            ff_norm=self._norm(f"{at}.post_attention_layernorm"),
+            up=self._linear([f"{at}.mlp.gate_proj", f"{at}.mlp.up_proj"], has_bias=config.has_ff_bias),
+            down=self._linear([f"{at}.mlp.down_proj"], has_bias=config.has_ff_bias),
+            q_norm=self._norm(f"{at}.self_attn.q_norm") if config.has_qk_norm else None,
+            k_norm=self._norm(f"{at}.self_attn.k_norm") if config.has_qk_norm else None,
+        )
+
+    def _linear(self, names: Sequence[str], *, has_bias: bool, is_transposed: bool = False) -> Linear:
+        """One product for several that are given the same."""
+        parts = [self._tensor(f"{name}.weight") for name in names]
+        weight_FD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if is_transposed:
+            weight_FD = weight_FD.t().contiguous()
+        del parts
+        biases = [self._tensor(f"{name}.bias") for name in names] if has_bias else []
+        return make_linear(weight_FD, torch.cat(biases) if biases else None, self._kind)
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias") if self._config.is_gpt2 else None)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self._cast(self._files.read(self._base + name))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype)

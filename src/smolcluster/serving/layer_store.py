@@ -1,0 +1,99 @@
+"""The layers of a model that this process has read; another split reads only those that are new to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from smolcluster.errors import ConfigError
+from smolcluster.models.decoder import Decoder
+from smolcluster.models.decoder_config import FAMILIES, DecoderConfig, read_decoder_config
+from smolcluster.models.decoder_files import DecoderLoader
+from smolcluster.models.folder import read_config
+from smolcluster.models.linear import WeightKind
+from smolcluster.models.split import LayerCost
+from smolcluster.models.tensor_files import TensorFiles
+
+# --dtype: of weights and activations, and what matrices are kept as.
+DTYPES: dict[str, tuple[torch.dtype, WeightKind]] = {
+    "fp64": (torch.float64, "plain"),
+    "fp32": (torch.float32, "plain"),
+    "bf16": (torch.bfloat16, "plain"),
+    "fp16": (torch.float16, "plain"),
+    "int8": (torch.float32, "int8"),
+    "int8-dynamic": (torch.float32, "int8-dynamic"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Of keys and values: `slots` sequences of `length` positions."""
+
+    slots: int
+    length: int
+
+
+class LayerStore:
+    """A model's folder, and what has been read of it."""
+
+    def __init__(
+        self, folder: Path, dtype: str = "fp32", device: str = "cpu", *, is_deterministic: bool = False
+    ) -> None:
+        """Read the configuration, and no weights.
+
+        Args:
+            folder: the model's.
+            dtype: a key of DTYPES.
+            device: where to compute.
+            is_deterministic: a stream's tokens do not depend on what is computed with them; see Decoder.
+
+        Raises:
+            ConfigError: it is of a kind that cannot be served, or there is no such dtype.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+        config = read_decoder_config(folder)
+        if config is None:
+            raise ConfigError(
+                f"the model in {folder} is a {read_config(folder).get('model_type')}, which cannot be served. Those "
+                f"that can: {', '.join(FAMILIES)}"
+            )
+        self.config: DecoderConfig = config
+        self._folder = folder
+        activations, kind = DTYPES[dtype]
+        self._itemsize = activations.itemsize
+        self._loader = DecoderLoader(config, activations, kind, device, is_isolated=is_deterministic)
+
+    @property
+    def layers(self) -> int:
+        """How many there are, entry and exit included."""
+        return self.config.num_layers + 2
+
+    def costs(self) -> list[LayerCost]:
+        """Of each layer: what a token takes, and what has to be held; by sizes alone."""
+        config = self.config
+        width, ff = config.model_dim, config.ff_dim * (1 if config.is_gpt2 else 2)
+        attention = (config.num_heads + 2 * config.kv_heads) * config.head_dim + config.num_heads * config.head_dim
+        block = width * (attention + ff + config.ff_dim)
+        embedding = config.vocab_size * width
+        return [
+            LayerCost(1.0, embedding + (config.max_positions * width if config.is_gpt2 else 0)),
+            *[LayerCost(block, block)] * config.num_layers,
+            LayerCost(embedding, embedding),
+        ]
+
+    def bytes_per_position(self) -> int:
+        """Of keys and values, of one position of a sequence, in all blocks."""
+        config = self.config
+        return 2 * config.num_layers * config.kv_heads * config.head_dim * self._itemsize
+
+    def decoder(self, layers: range, size: CacheSize) -> Decoder:
+        """Some layers, with an empty cache; blocks while it reads what is not there yet. The others are forgotten.
+
+        Raises:
+            CheckpointError: the files are damaged.
+        """
+        with TensorFiles(self._folder) as files:
+            return self._loader.load(files, layers, slots=size.slots, length=size.length)

@@ -1,0 +1,169 @@
+"""A node that computes layers for a controller: reads what it is told to, takes its place in the chain, and again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from smolcluster.cluster.generations import meet
+from smolcluster.cluster.sessions import SERVER
+from smolcluster.cluster.world import Member, View, World
+from smolcluster.collectives.tcp import TcpCommunicator
+from smolcluster.errors import FrameError, ServingError, SmolError
+from smolcluster.kinds import JsonObject
+from smolcluster.models.decoder import Decoder
+from smolcluster.serving.hub import MEET_PATIENCES, Listen
+from smolcluster.serving.layer_store import CacheSize, LayerStore
+from smolcluster.serving.stage_server import run_stage
+from smolcluster.transport.base import Listener, Network
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Assignment:
+    generation: int
+    run_id: str
+    rank: int
+    layers: range
+    size: CacheSize
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Has read its layers, and listens for the other stages."""
+
+    assigned: _Assignment
+    decoder: Decoder
+    listener: Listener
+
+
+class StageNode:
+    """One session's work. `run` returns when the session is over."""
+
+    def __init__(self, session: World, listen: Listen, network: Network, store: LayerStore, patience: float) -> None:
+        """Args:
+        session: with the controller.
+        listen: opens where the other stages of a chain connect.
+        network: how to dial.
+        store: the model.
+        patience: seconds until a silent stage counts as lost.
+        """
+        self._session, self._listen, self._network = session, listen, network
+        self._store, self._patience = store, patience
+        self._news: SimpleQueue[tuple[str, JsonObject]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._world: World | None = None
+        self._generation = 0
+        session.on("assign", lambda _, message: self._told("assign", message))
+        session.on("meet", lambda _, message: self._told("meet", message))
+        session.on_failure(lambda error: self._told("end", {}))
+
+    def run(self) -> SmolError | None:
+        """Compute until the session ends; why it did."""
+        ready: _Ready | None = None
+        while True:
+            kind, message = self._news.get()
+            if kind != "meet" and ready is not None:
+                ready.listener.close()
+                ready = None
+            if kind == "end":
+                return self._session.error()
+            if kind == "assign":
+                assigned = _read_assignment(message)
+                if assigned.generation == self._generation:  # nothing newer is known yet
+                    ready = self._prepare(assigned)
+            elif ready is not None and message.get("generation") == ready.assigned.generation:
+                self._serve(ready, _read_members(message))
+                ready = None
+
+    def _told(self, kind: str, message: JsonObject) -> None:
+        """On the session's thread: what is new ends what is under way."""
+        with self._lock:
+            if kind == "assign":
+                generation = message.get("generation")
+                self._generation = generation if isinstance(generation, int) else 0
+            if kind != "meet" and self._world is not None:
+                self._world.abort(FrameError("the controller has begun another chain"))
+        self._news.put((kind, message))
+
+    def _prepare(self, assigned: _Assignment) -> _Ready | None:
+        generation = assigned.generation
+        try:
+            decoder = self._store.decoder(assigned.layers, assigned.size)
+            listener = self._listen(assigned.rank, assigned.run_id)
+        except (SmolError, MemoryError, RuntimeError) as error:
+            logger.error("layers not read reason=%s", error)
+            self._session.send(SERVER, "failed", {"generation": generation, "reason": str(error)[:1000]})
+            return None
+        logger.info("layers read generation=%d layers=%s", generation, assigned.layers)
+        self._session.send(SERVER, "loaded", {"generation": generation, "address": listener.address})
+        return _Ready(assigned, decoder, listener)
+
+    def _serve(self, ready: _Ready, members: tuple[Member, ...]) -> None:
+        assigned, timeout = ready.assigned, MEET_PATIENCES * self._patience
+        view = View(assigned.generation, members, 0, assigned.run_id)
+        try:
+            world = meet(
+                assigned.rank,
+                view,
+                ready.listener,
+                self._network,
+                patience=self._patience,
+                timeout=timeout,
+                begun=lambda world: self._watch(world, assigned.generation),
+            )
+            try:
+                comm = TcpCommunicator(world, name=f"chain{assigned.generation}", timeout=timeout)
+            except SmolError:
+                world.close()
+                raise
+            try:
+                run_stage(comm, ready.decoder)
+            except Exception as error:
+                # The others must not wait; this process may do better with other layers.
+                comm.abort(error if isinstance(error, SmolError) else ServingError(f"a stage has failed: {error!r}"))
+                raise
+            finally:
+                comm.close()
+        except SmolError as error:
+            logger.warning("chain over generation=%d reason=%s", assigned.generation, error)
+        except Exception:
+            logger.exception("stage failed generation=%d", assigned.generation)
+        finally:
+            self._watch(None, assigned.generation)
+
+    def _watch(self, world: World | None, generation: int) -> None:
+        """What the session's thread is to abort when there is news."""
+        with self._lock:
+            self._world = world
+            is_over = world is not None and generation != self._generation
+        if world is not None and is_over:
+            world.abort(FrameError("the controller has begun another chain"))
+
+
+def _read_assignment(message: JsonObject) -> _Assignment:
+    match message:
+        case {
+            "generation": int(generation),
+            "run_id": str(run_id),
+            "rank": int(rank),
+            "layers": [int(start), int(stop)],
+            "slots": int(slots),
+            "length": int(length),
+        }:
+            return _Assignment(generation, run_id, rank, range(start, stop), CacheSize(slots, length))
+    raise FrameError("the controller sent an assignment that cannot be read")
+
+
+def _read_members(message: JsonObject) -> tuple[Member, ...]:
+    members = message.get("members")
+    if not isinstance(members, list):
+        raise FrameError("the controller sent a list of members that cannot be read")
+    return tuple(
+        Member(rank, str(member[0]), str(member[1]))
+        for rank, member in enumerate(members)
+        if isinstance(member, list) and len(member) == 2
+    )

@@ -1,0 +1,173 @@
+"""OpenAI's shapes: what requests, answers, pieces of answers and errors look like.
+
+Source    https://platform.openai.com/docs/api-reference/chat and /completions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from smolcluster.kinds import JsonObject, JsonValue
+from smolcluster.serving.chat_template import Message
+from smolcluster.serving.sampling import Sampled
+from smolcluster.serving.service import Strategy, Wishes
+
+_MAX_SEED = 2**63 - 1
+
+
+class _Body(BaseModel):
+    # Clients send fields that only other servers know.
+    model_config = ConfigDict(extra="ignore", strict=False)
+
+
+class StreamOptions(_Body):
+    """Of a streamed answer."""
+
+    include_usage: bool | None = False
+
+
+class _Sampling(_Body):
+    """What chat and plain completions have in common."""
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    decoding_strategy: Strategy | None = None
+    seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
+    n: Literal[1] | None = 1
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    presence_penalty: Literal[0] | None = 0
+    frequency_penalty: Literal[0] | None = 0
+    user: str | None = None
+
+    def wishes(self) -> Wishes:
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Wishes(
+            strategy=self.decoding_strategy,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=None if self.seed is None else self.seed % (_MAX_SEED + 1),
+            max_tokens=self.max_tokens,
+            stops=stops,
+        )
+
+
+class ContentPart(_Body):
+    """A piece of a message; text is all that this server takes."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+
+    def plain(self) -> Message:
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+
+
+class ChatRequest(_Sampling):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def wishes(self) -> Wishes:
+        """What it says about its answer."""
+        return replace(
+            super().wishes(),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+class CompletionRequest(_Sampling):
+    """Body of `POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=1)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+
+    def text_or_ids(self) -> str | list[int]:
+        """The one prompt."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        texts = [part for part in self.prompt if isinstance(part, str)]
+        return texts[0] if texts else [part for part in self.prompt if isinstance(part, int)]
+
+    def wishes(self) -> Wishes:
+        """What it says about its answer."""
+        return replace(super().wishes(), logprobs=self.logprobs)
+
+
+def error_body(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> JsonObject:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def usage(prompt: int, answer: int) -> JsonObject:
+    """Tokens that a request took."""
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def chat_logprobs(tokens: Sequence[Sampled], text_of: Callable[[int], str]) -> JsonObject:
+    """Of tokens that were sampled with them; `text_of`: a token's text."""
+
+    def entry(token: int, logprob: float) -> JsonObject:
+        text = text_of(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content: list[JsonValue] = []
+    for sampled in tokens:
+        top: list[JsonValue] = [entry(token, logprob) for token, logprob in sampled.top]
+        content.append({**entry(sampled.token, sampled.logprob or 0.0), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    tokens: Sequence[Sampled], text_of: Callable[[int], str], offset: int
+) -> tuple[JsonObject, int]:
+    """The older shape, of plain completions; `offset`: characters before these tokens. Also the next offset."""
+    texts: list[JsonValue] = []
+    offsets: list[JsonValue] = []
+    top: list[JsonValue] = []
+    for sampled in tokens:
+        text = text_of(sampled.token)
+        texts.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        top.append({text_of(token): logprob for token, logprob in sampled.top})
+    found: JsonObject = {
+        "tokens": texts,
+        "token_logprobs": [sampled.logprob for sampled in tokens],
+        "top_logprobs": top,
+        "text_offset": offsets,
+    }
+    return found, offset

@@ -1,0 +1,131 @@
+"""Which tokens the stages compute next: a pure function of what is known about the streams.
+
+Continuous batching: a stream joins and leaves between any two steps. Streams that have begun to write come first, one
+token each; then a piece of a prompt, no longer than the others can wait for (chunked prefill). With S stages there are
+to be at least S micro-batches under way, so the streams that write are divided into as many groups.
+
+Source    Yu et al. 2022, Orca (OSDI), section 3.1; Agrawal et al. 2024, Sarathi-Serve, arXiv:2403.02310, section 4
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from smolcluster.models.decoder import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """One stream.
+
+    Attributes:
+        slot: its.
+        known: tokens that it has: prompt and answer so far.
+        computed: how many of them the stages have computed, or are computing.
+        is_busy: a token of it is on its way, without which it cannot go on.
+        prompt: how many of the known ones are the prompt's.
+    """
+
+    slot: int
+    known: int
+    computed: int
+    is_busy: bool
+    prompt: int = 0
+
+    @property
+    def writes(self) -> bool:
+        """All but its newest token are computed: each step gives it another one."""
+        return self.known - self.computed <= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may hold.
+
+    Attributes:
+        depth: micro-batches that are to be under way at once: at least as many as stages.
+        chunk: tokens of prompts in a step, while other streams write.
+        whole_chunk: the same while none does.
+        fixed_chunk: prompts are always cut at multiples of so many tokens, and what follows them is computed token by
+            token, also when it is computed again: then every bit is the same again. None: as is fastest.
+    """
+
+    depth: int = 1
+    chunk: int = 32
+    whole_chunk: int = 256
+    fixed_chunk: int | None = None
+
+
+def plan(streams: Sequence[StreamState], under_way: int, limits: Limits) -> list[Segment]:
+    """The next micro-batch; empty: there is nothing to do now.
+
+    Args:
+        streams: in the order in which they came.
+        under_way: micro-batches that have not come back.
+        limits: what a step may hold.
+    """
+    if under_way >= limits.depth:
+        return []
+    writing = [stream for stream in streams if stream.writes]
+    # As many in each group; not all that are free at the moment, or one group would swallow the others.
+    group = -(-len(writing) // limits.depth)
+    segments = [Segment(stream.slot, stream.computed, 1) for stream in writing if not stream.is_busy][:group]
+    room = limits.chunk if writing else limits.whole_chunk
+    for stream in streams:
+        if stream.writes or stream.is_busy or room <= 0:
+            continue
+        count = min(room, stream.known - stream.computed)
+        if limits.fixed_chunk is not None:
+            count = _fixed(stream, limits.fixed_chunk)
+        segments.append(Segment(stream.slot, stream.computed, count))
+        room -= count
+    return segments
+
+
+def _fixed(stream: StreamState, chunk: int) -> int:
+    """Tokens of its next piece, whatever else there is to do."""
+    if stream.computed >= stream.prompt:
+        return 1
+    return min(chunk - stream.computed % chunk, stream.prompt - stream.computed)
+
+
+class ChunkSize:
+    """How many tokens of a prompt a step may hold so that it takes at most about twice as long for those who write.
+
+    It is measured: what a step without a prompt takes, and what each token of a prompt adds.
+    """
+
+    LEAST, MOST = 8, 256
+
+    def __init__(self) -> None:
+        self.tokens = 32
+        self._began: deque[float] = deque()
+        self._step = 0.0  # seconds of a step in which streams only write
+        self._token = 0.0  # seconds that a token of a prompt adds
+
+    def begin(self) -> None:
+        """A micro-batch begins."""
+        self._began.append(time.perf_counter())
+
+    def restart(self) -> None:
+        """Whatever is under way never ends."""
+        self._began.clear()
+
+    def end(self, segments: Sequence[Segment]) -> None:
+        """The oldest one has ended."""
+        seconds = time.perf_counter() - self._began.popleft()
+        added = sum(segment.length for segment in segments if segment.length > 1)
+        writers = sum(segment.length == 1 for segment in segments)
+        if not added:
+            self._step = seconds if not self._step else 0.8 * self._step + 0.2 * seconds
+        elif writers and self._step:
+            each = max(seconds - self._step, 0.0) / added
+            self._token = each if not self._token else 0.8 * self._token + 0.2 * each
+        elif not writers:
+            each = seconds / added
+            self._token = each if not self._token else 0.8 * self._token + 0.2 * each
+        if self._step and self._token:
+            self.tokens = max(self.LEAST, min(self.MOST, int(self._step / self._token)))

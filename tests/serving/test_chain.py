@@ -1,0 +1,117 @@
+"""Stages on several ranks give every stream what one process gives it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from collectives.contract import open_group
+from models.hf_folders import make_hf_folder
+from serving.test_engine import LENGTH, SAMPLED, Asked, decode, expected, prompts
+from smolcluster.collectives.base import Communicator
+from smolcluster.models.decoder_config import read_decoder_config
+from smolcluster.models.decoder_files import DecoderLoader
+from smolcluster.models.tensor_files import TensorFiles
+from smolcluster.serving.engine import Engine, Request
+from smolcluster.serving.executor import MicroBatch, NewTokens, Opened
+from smolcluster.serving.sampling import Sampled, Sampling
+from smolcluster.serving.stage_server import ChainExecutor, run_stage
+from smolcluster.serving.wire import pack_batch, pack_tokens, unpack_batch, unpack_tokens
+
+BLOCKS, SLOTS = 5, 3
+# Entry, 5 blocks, exit: where the second, third and fourth stage begin.
+CUTS = [cuts for stages in (2, 3, 4) for cuts in itertools.combinations(range(1, BLOCKS + 2), stages - 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf_folder(
+        tmp_path_factory.mktemp("llama"),
+        "llama",
+        num_hidden_layers=BLOCKS,
+        tie_word_embeddings=False,
+        max_position_embeddings=LENGTH,
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> list[list[int]]:
+    """Greedy for the even prompts, sampled for the odd ones."""
+    return [expected(folder, prompt, 12, **(SAMPLED if n % 2 else {})) for n, prompt in enumerate(prompts())]
+
+
+def load(folder: Path, layers: range) -> Any:
+    config = read_decoder_config(folder)
+    assert config is not None
+    with TensorFiles(folder) as files:
+        return DecoderLoader(config, torch.float64).load(files, layers, slots=SLOTS, length=LENGTH)
+
+
+def answer_over(
+    folder: Path, stages: Sequence[range], engine_name: str, *, has_controller: bool = False
+) -> list[list[int]]:
+    group = open_group(engine_name, len(stages) + has_controller)
+
+    def compute(comm: Communicator, layers: range) -> None:
+        run_stage(comm, load(folder, layers))
+        comm.close()
+
+    ranks = [
+        threading.Thread(target=compute, args=(comm, layers), daemon=True)
+        for comm, layers in zip(group[1:], stages if has_controller else stages[1:], strict=True)
+    ]
+    for rank in ranks:
+        rank.start()
+    executor = ChainExecutor(group[0], None if has_controller else load(folder, stages[0]), slots=SLOTS, length=LENGTH)
+    engine = Engine(executor, decode)
+    try:
+        asked = [
+            Asked(engine, Request(prompt, 12, Sampling(seed=5, **SAMPLED) if n % 2 else Sampling(temperature=0.0)))
+            for n, prompt in enumerate(prompts())
+        ]
+        return [each.wait().tokens for each in asked]
+    finally:
+        engine.close()
+        executor.close()
+        for rank in ranks:
+            rank.join(10)
+            assert not rank.is_alive()
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+def test_every_split_gives_what_generate_gives(folder: Path, answers: list[list[int]], cuts: tuple[int, ...]) -> None:
+    edges = [0, *cuts, BLOCKS + 2]
+    stages = [range(begin, end) for begin, end in itertools.pairwise(edges)]
+    assert answer_over(folder, stages, "local") == answers
+
+
+def test_over_sockets_and_with_a_host_that_has_no_layers(folder: Path, answers: list[list[int]]) -> None:
+    stages = [range(3), range(3, 7)]
+    assert answer_over(folder, stages, "tcp") == answers
+    assert answer_over(folder, stages, "tcp", has_controller=True) == answers
+
+
+def test_messages_come_back_as_they_were() -> None:
+    from smolcluster.models.decoder import Segment
+
+    sampling = Sampling(seed=2**62, temperature=0.3, top_k=4, top_p=0.5, min_p=0.1, repetition_penalty=1.5, logprobs=2)
+    opened = {3: Opened(sampling, (1, 2, 3), 2), 0: Opened(Sampling(), (4,), 0)}
+    batch = MicroBatch(7, [Segment(3, 5, 2), Segment(0, 0, 1)], (9, 9, 9), [(3, 1), (0, 2)], opened)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = torch.randn(3, 5).to(dtype)
+        found, rows = unpack_batch(pack_batch(batch, x))
+        assert torch.equal(rows, x)
+        assert rows.dtype == dtype
+        assert (found.number, found.segments, found.wanted) == (7, batch.segments, batch.wanted)
+        assert found.opened[3] == opened[3]
+        assert found.opened[0].sampling == Sampling()
+    ids = torch.tensor([5, 6])
+    assert torch.equal(unpack_batch(pack_batch(batch, ids))[1], ids)
+    tokens = NewTokens(4, {1: Sampled(5), 2: Sampled(6, -0.25, ((6, -0.25), (1, -2.5)))})
+    assert unpack_tokens(pack_tokens(tokens)) == tokens

@@ -1,0 +1,57 @@
+"""What is computed next: no network, no model."""
+
+from __future__ import annotations
+
+from smolcluster.models.decoder import Segment
+from smolcluster.serving.scheduler import Limits, StreamState, plan
+
+
+def writing(slot: int, known: int = 10, *, busy: bool = False) -> StreamState:
+    return StreamState(slot, known, known if busy else known - 1, busy)
+
+
+def prompt(slot: int, known: int, computed: int = 0) -> StreamState:
+    return StreamState(slot, known, computed, False)
+
+
+def test_streams_that_write_go_together_and_a_piece_of_a_prompt_with_them() -> None:
+    streams = [writing(0), prompt(1, 100), writing(2, 7)]
+    assert plan(streams, 0, Limits(chunk=16)) == [Segment(0, 9, 1), Segment(2, 6, 1), Segment(1, 0, 16)]
+
+
+def test_the_last_piece_of_a_prompt_is_what_is_left_and_the_next_prompt_takes_the_room() -> None:
+    streams = [prompt(1, 100, 90), prompt(0, 50)]
+    assert plan(streams, 0, Limits(whole_chunk=32)) == [Segment(1, 90, 10), Segment(0, 0, 22)]
+
+
+def test_nothing_while_enough_is_under_way() -> None:
+    assert plan([writing(0)], 1, Limits(depth=1)) == []
+    assert plan([writing(0, busy=True)], 0, Limits(depth=2)) == []
+
+
+def test_streams_are_divided_so_that_every_stage_has_something_to_do() -> None:
+    limits = Limits(depth=3)
+    streams = [writing(slot) for slot in range(8)]
+    sizes = []
+    for under_way in range(3):
+        segments = plan(streams, under_way, limits)
+        sizes.append(len(segments))
+        taken = {segment.slot for segment in segments}
+        streams = [writing(stream.slot, busy=True) if stream.slot in taken else stream for stream in streams]
+    assert sizes == [3, 3, 2]
+    assert plan(streams, 2, limits) == []
+
+
+def test_a_free_group_does_not_swallow_the_others() -> None:
+    streams = [writing(slot, busy=slot < 2) for slot in range(8)]
+    assert len(plan(streams, 1, Limits(depth=2))) == 4
+
+
+def test_pieces_of_fixed_size_depend_on_nothing_else() -> None:
+    limits = Limits(chunk=4, whole_chunk=8, fixed_chunk=16)
+    prompt_of_40 = [StreamState(0, 45, computed, False, 40) for computed in (0, 16, 32, 40, 43)]
+    others: list[list[StreamState]] = [[], [writing(5)], [StreamState(6, 9, 0, False, 9)]]
+    for other in others:
+        found = [plan([stream, *other], 0, limits) for stream in prompt_of_40]
+        pieces = [next(segment for segment in segments if segment.slot == 0).length for segments in found]
+        assert pieces == [16, 16, 8, 1, 1]
