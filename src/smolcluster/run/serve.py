@@ -155,7 +155,7 @@ class LocalStages:
         self._store, self._layout = store, layout
         self._split = _plan(store, layout.split, layout.stages)
         token, run_id = new_token(), secrets.token_hex(8)
-        tcp = TcpOptions(layout.patience)
+        tcp = TcpOptions(layout.patience, shared_memory=False)
         door = listen(LOCALHOST, 0, token=token, run_id=run_id, rank=0, options=tcp)
         options = {"model": folder.name, "dtype": dtype}
 

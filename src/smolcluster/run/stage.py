@@ -71,7 +71,7 @@ def run_node(bootstrap: StageBootstrap) -> None:
     prepare_process()
     token = bytes.fromhex(bootstrap.token)
     store = LayerStore(bootstrap.model, bootstrap.dtype, bootstrap.device, is_deterministic=bootstrap.is_deterministic)
-    options = TcpOptions(bootstrap.patience)
+    options = TcpOptions(bootstrap.patience, shared_memory=False)
     network = TcpNetwork(token, options)
     newcomer = Newcomer(bootstrap.rank, bootstrap.name, secrets.token_hex(8), f"tcp://{bootstrap.host}:0")
 

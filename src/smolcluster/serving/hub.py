@@ -23,7 +23,7 @@ from functools import partial
 from smolcluster.cluster.generations import meet
 from smolcluster.cluster.sessions import WORKER, Granted, Newcomer, Reception, SessionWorld, Wait
 from smolcluster.cluster.world import Member, View, World
-from smolcluster.collectives.tcp import TcpCommunicator
+from smolcluster.collectives.direct import DirectRing
 from smolcluster.errors import ClusterError, PeerLost, ServingError, SmolError, TransportError
 from smolcluster.kinds import JsonObject
 from smolcluster.serving.executor import Executor, LocalExecutor
@@ -258,13 +258,11 @@ class StageHub:
 
         world = meet(0, view, listener, self._network, patience=self._patience, timeout=timeout, begun=watch)
         try:
-            comm = TcpCommunicator(world, name=f"chain{generation}", timeout=timeout)
+            ring = DirectRing(world, timeout=timeout)
         except BaseException:
             world.close()
             raise
-        self._chain = ChainExecutor(
-            comm, decoder, slots=self._size.slots, length=self._size.length, failure=world.error
-        )
+        self._chain = ChainExecutor(ring, decoder, slots=self._size.slots, length=self._size.length)
         logger.info("chain made generation=%d stages=%s", generation, self.stages)
         return self._chain
 

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from smolcluster.cluster.generations import meet
 from smolcluster.cluster.sessions import SERVER
 from smolcluster.cluster.world import Member, View, World
-from smolcluster.collectives.tcp import TcpCommunicator
+from smolcluster.collectives.direct import DirectRing
 from smolcluster.errors import FrameError, ServingError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.decoder import Decoder
@@ -116,18 +116,18 @@ class StageNode:
                 begun=lambda world: self._watch(world, assigned.generation),
             )
             try:
-                comm = TcpCommunicator(world, name=f"chain{assigned.generation}", timeout=timeout)
+                ring = DirectRing(world, timeout=timeout)
             except SmolError:
                 world.close()
                 raise
             try:
-                run_stage(comm, ready.decoder)
+                run_stage(ring, ready.decoder)
             except Exception as error:
                 # The others must not wait; this process may do better with other layers.
-                comm.abort(error if isinstance(error, SmolError) else ServingError(f"a stage has failed: {error!r}"))
+                ring.abort(error if isinstance(error, SmolError) else ServingError(f"a stage has failed: {error!r}"))
                 raise
             finally:
-                comm.close()
+                ring.close()
         except SmolError as error:
             logger.warning("chain over generation=%d reason=%s", assigned.generation, error)
         except Exception:

@@ -1,0 +1,189 @@
+"""Messages to one neighbour and from one: whoever calls moves the bytes, and no other thread has a part in it.
+
+For processes that do nothing but take, compute and pass on. A communicator moves bytes in the background as well, which
+costs each message some hundred microseconds of Python where the processor's caches have been used for something else.
+Frames are those of point-to-point messages (docs/protocol.md), on lanes of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smolcluster.cluster.world import GRACE, World
+from smolcluster.errors import CollectiveMismatch, PeerLost, SmolError
+from smolcluster.transport import frame
+from smolcluster.transport.base import Channel
+from smolcluster.transport.frame import KIND_MESSAGE, MAX_UNSIZED_BYTES, Prelude
+from smolcluster.transport.tensors import dtype_code, raw_bytes
+
+logger = logging.getLogger(__name__)
+
+_UINT8 = dtype_code(torch.uint8)
+_DIM_BYTES = 8
+# A look at whether the neighbour is still there, where the system does not wake who waits.
+_LOOK_SECONDS = 0.25
+
+
+class DirectRing:
+    """This rank's part of a ring: it sends to the next rank, and receives from the one before. One thread uses it."""
+
+    def __init__(self, world: World, *, timeout: float) -> None:
+        """Open the connections; every rank of the world does so. Blocks.
+
+        Args:
+            world: the ranks, in the order of the ring; two or more. It is this one's from now on.
+            timeout: seconds to wait for the neighbours.
+
+        Raises:
+            ConnectFailed: a neighbour did not connect in time.
+            PeerLost: a rank is lost.
+        """
+        self._world = world
+        rank, size = world.rank, world.world_size
+        self.rank, self.world_size = rank, size
+        self._next, self._before = (rank + 1) % size, (rank - 1) % size
+        self._generation = world.view().generation
+        self._sent = self._received = 0
+        lanes = sorted([(rank, self._next), (self._before, rank)])  # the same order on both sides of a pair
+        channels: dict[tuple[int, int], Channel] = {}
+        try:
+            for lane in lanes:
+                peer = lane[1] if lane[0] == rank else lane[0]
+                channels[lane] = world.open_channel(peer, f"direct:{lane[0]}", timeout)
+        except SmolError as error:
+            for channel in channels.values():
+                channel.abort(error)
+            raise
+        self._out, self._in = channels[rank, self._next], channels[self._before, rank]
+        self._closing = threading.Lock()
+        self._forget = world.on_failure(self._fail)
+
+    def send(self, message: Tensor) -> None:
+        """Give (n,) bytes to the system, for the next rank; blocks while it takes no more.
+
+        Raises:
+            PeerLost: a rank is lost; or what else ended the world.
+        """
+        prelude = Prelude(
+            KIND_MESSAGE,
+            0,
+            0,
+            _UINT8,
+            0,
+            self._generation,
+            self._sent & 0xFFFFFFFF,
+            0,
+            0,
+            len(message),
+            len(message),
+            1,
+        )
+        self._sent += 1
+        left = [memoryview(frame.pack(prelude, (len(message),))), raw_bytes(message)]
+        try:
+            while left:
+                taken = self._out.try_send(left)
+                if not taken:
+                    _wait(self._out, is_sending=True)
+                left = _after(left, taken)
+        except (SmolError, ValueError, OSError) as error:
+            raise self._reason(error, self._next) from error
+
+    def receive(self) -> Tensor:
+        """The next message of the rank before, (n,) uint8; blocks until it is there.
+
+        Raises:
+            PeerLost: a rank is lost; or what else ended the world.
+            CollectiveMismatch: it is of another generation, or not the next one.
+        """
+        head = memoryview(bytearray(frame.PRELUDE_BYTES + _DIM_BYTES))
+        try:
+            self._fill(head)
+            prelude = frame.unpack(head[: frame.PRELUDE_BYTES])
+            expected = (KIND_MESSAGE, _UINT8, self._generation, self._received & 0xFFFFFFFF, 1)
+            if (prelude.kind, prelude.dtype, prelude.generation, prelude.tag, prelude.ndim) != expected:
+                raise CollectiveMismatch(
+                    f"rank {self._before} sent {prelude.describe()} of generation {prelude.generation} where message "
+                    f"{self._received} of generation {self._generation} belongs"
+                )
+            [count] = frame.unpack_dims(head[frame.PRELUDE_BYTES :], prelude, MAX_UNSIZED_BYTES)
+            message = torch.empty(count, dtype=torch.uint8)
+            self._fill(raw_bytes(message))
+        except (SmolError, ValueError, OSError) as error:
+            raise self._reason(error, self._before) from error
+        self._received += 1
+        return message
+
+    def failure(self) -> SmolError | None:
+        """What ended the world, if anything did."""
+        return self._world.error()
+
+    def abort(self, error: SmolError) -> None:
+        """End it on every rank, from any thread."""
+        self._world.abort(error)
+
+    def close(self) -> None:
+        """Leave; what has been sent still arrives."""
+        self._forget()
+        self._world.leave()
+        self._world.close()
+        self._fail(PeerLost("this rank has left", self.rank))
+
+    def _fill(self, buffer: memoryview) -> None:
+        got = 0
+        while got < len(buffer):
+            count = self._in.try_recv_into(buffer[got:])
+            if not count:
+                _wait(self._in, is_sending=False)
+            got += count
+
+    def _fail(self, error: SmolError) -> None:
+        """On any thread: whoever waits is to wake."""
+        with self._closing:
+            for channel in (self._out, self._in):
+                channel.abort(error)
+
+    def _reason(self, error: BaseException, peer: int) -> SmolError:
+        """Why a neighbour's connection has ended: the control plane may know it in a moment."""
+        if isinstance(error, CollectiveMismatch):
+            self._world.abort(error)
+            return error
+        deadline = time.monotonic() + GRACE
+        while self._world.error() is None and time.monotonic() < deadline:
+            time.sleep(GRACE / 50)
+        if self._world.error() is None:
+            self._world.report_lost(peer, str(error))
+        return self._world.error() or PeerLost(f"{self._world.name(peer)} is gone: {error}", peer)
+
+
+def _after(buffers: Sequence[memoryview], taken: int) -> list[memoryview]:
+    """What is left of some buffers when so many bytes of them have gone."""
+    left = []
+    for buffer in buffers:
+        gone = min(taken, len(buffer))
+        taken -= gone
+        if gone < len(buffer):
+            left.append(buffer[gone:])
+    return left
+
+
+def _wait(channel: Channel, *, is_sending: bool) -> None:
+    due = channel.due()
+    if due is not None and due <= time.monotonic():
+        return
+    reading, writing = channel.wants(sending=is_sending)
+    reading = reading and not (is_sending and writing)
+    number = channel.fileno()
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(number, reading * select.POLLIN | writing * select.POLLOUT)
+        poll.poll(1000 * _LOOK_SECONDS)
+    else:  # Windows
+        select.select([number] if reading else [], [number] if writing else [], [], _LOOK_SECONDS)
