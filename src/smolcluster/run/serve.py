@@ -32,10 +32,10 @@ from smolcluster.run.stage_processes import StageProcesses
 from smolcluster.serving.chat_template import load_chat_template
 from smolcluster.serving.engine import Engine, Event
 from smolcluster.serving.executor import Executor, LocalExecutor
-from smolcluster.serving.hub import StageHub
 from smolcluster.serving.layer_store import CacheSize, LayerStore
 from smolcluster.serving.metrics import ServingMetrics
 from smolcluster.serving.service import Service, Wishes
+from smolcluster.serving.stage_hub import StageHub
 from smolcluster.transport.base import Listener
 from smolcluster.transport.security import new_token
 from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen

@@ -14,8 +14,8 @@ from smolcluster.collectives.direct import DirectRing
 from smolcluster.errors import FrameError, ServingError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.decoder import Decoder
-from smolcluster.serving.hub import MEET_PATIENCES, Listen
 from smolcluster.serving.layer_store import CacheSize, LayerStore
+from smolcluster.serving.stage_hub import MEET_PATIENCES, Listen
 from smolcluster.serving.stage_server import run_stage
 from smolcluster.transport.base import Listener, Network
 
