@@ -109,3 +109,18 @@ def test_chat_says_that_nobody_answers() -> None:
     done = run("chat", "--url", "http://127.0.0.1:9")
     assert done.returncode == 3
     assert "does not answer" in done.stderr
+
+
+def test_without_the_extra_generate_works_and_serve_names_it(model: Path) -> None:
+    without = "import sys; sys.modules.update(dict.fromkeys(('fastapi', 'uvicorn', 'starlette', 'prometheus_client')))"
+
+    def run_without(*arguments: object) -> subprocess.CompletedProcess[str]:
+        code = f"{without}; from smolcluster.cli import main; main()"
+        line = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=100, check=False)
+
+    done = run_without("generate", "--model", model, "--prompt", "Tom", "--max-tokens", 3)
+    assert (done.returncode, done.stdout[:3]) == (0, "Tom"), done.stderr
+    refused = run_without("serve", "--model", model)
+    assert refused.returncode == 2
+    assert "smolcluster[serve]" in refused.stderr

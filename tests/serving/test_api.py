@@ -17,6 +17,7 @@ import pytest
 
 from smolcluster.config.schema import ServingConfig
 from smolcluster.run.serve import listen_http, make_server, make_service
+from smolcluster.serving.metrics import ServingMetrics
 from smolcluster.serving.service import Service
 
 openai = pytest.importorskip("openai")
@@ -36,9 +37,10 @@ def folder() -> Path:
 @contextmanager
 def serving(folder: Path, *, key: str | None = None, **settings: Any) -> Iterator[tuple[Service, int]]:
     """A server in this process, on a port of its own."""
-    service = make_service(str(folder), ServingConfig(**settings), dtype="fp32")
+    metrics = ServingMetrics(MODEL)
+    service = make_service(str(folder), ServingConfig(**settings), dtype="fp32", observer=metrics)
     listener = listen_http("127.0.0.1", 0)
-    server = make_server(service, "127.0.0.1", key=key)
+    server = make_server(service, "127.0.0.1", key=key, metrics=metrics)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -50,16 +50,29 @@ def serve(
     _refuse_several(local, cluster)
     settings = _settings(preset, config, override, max_concurrent, max_queue)
     key = None if api_key_file is None else read_key(api_key_file)
-    from smolcluster.run.serve import Layout, listen_http, make_server, make_service, run_server
+    from smolcluster.run.serve import (
+        Layout,
+        listen_http,
+        load_server_extra,
+        make_server,
+        make_service,
+        model_id,
+        run_server,
+    )
 
+    load_server_extra()
+    from smolcluster.serving.metrics import ServingMetrics
+
+    name = _model(model, settings)
+    metrics = ServingMetrics(model_id(name))
     listener = listen_http(host, port)
     layout = Layout(local or 1, _blocks(split), is_deterministic=deterministic)
-    service = make_service(_model(model, settings), settings, dtype=dtype, device=device, layout=layout)
+    service = make_service(name, settings, dtype=dtype, device=device, layout=layout, observer=metrics)
     listener.listen()  # who connects from now on is answered
     address = f"http://{host}:{listener.getsockname()[1]}"
     say_to_stderr(quiet)(f"{service.model} is served at {address}; stop with Ctrl-C")
     try:
-        run_server(make_server(service, host, key=key), listener)
+        run_server(make_server(service, host, key=key, metrics=metrics), listener)
     finally:
         service.close()
 

@@ -30,10 +30,9 @@ from smolcluster.models.split import split_by_cost
 from smolcluster.run.stage import StageBootstrap
 from smolcluster.run.stage_processes import StageProcesses
 from smolcluster.serving.chat_template import load_chat_template
-from smolcluster.serving.engine import Engine, Event
+from smolcluster.serving.engine import Engine, Event, Observer
 from smolcluster.serving.executor import Executor, LocalExecutor
 from smolcluster.serving.layer_store import CacheSize, LayerStore
-from smolcluster.serving.metrics import ServingMetrics
 from smolcluster.serving.service import Service, Wishes
 from smolcluster.serving.stage_hub import StageHub
 from smolcluster.transport.base import Listener
@@ -42,6 +41,8 @@ from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from smolcluster.serving.metrics import ServingMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,13 @@ class Layout:
 
 
 def make_service(
-    name: str, settings: ServingConfig, *, dtype: str = "fp32", device: str = "cpu", layout: Layout | None = None
+    name: str,
+    settings: ServingConfig,
+    *,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    layout: Layout | None = None,
+    observer: Observer | None = None,
 ) -> Service:
     """Load a model and begin to serve it; blocks until all of it is there. `close` the service at the end.
 
@@ -86,6 +93,7 @@ def make_service(
         dtype: see layer_store.DTYPES.
         device: where to compute.
         layout: over which processes; None: this one.
+        observer: is told how long things take.
 
     Raises:
         ConfigError: there is no such model, or it is of a kind that cannot be served.
@@ -115,8 +123,6 @@ def make_service(
         else:
             stages = undo.enter_context(contextlib.closing(LocalStages(folder, store, size, dtype, resolved, layout)))
             executor, recover, split = stages.chain(), stages.recover, stages.blocks
-        model = folder.name if Path(name).expanduser().is_dir() else name
-        metrics = ServingMetrics(model)
         engine = Engine(
             executor,
             decode,
@@ -124,9 +130,8 @@ def make_service(
             max_queue=settings.max_queue,
             is_deterministic=layout.is_deterministic,
             timeout=settings.timeout,
-            observer=metrics,
+            observer=observer,
         )
-        metrics.watch(engine)
         undo.callback(engine.close)
         if layout.stages > 1:
             undo.callback(stages.stop)
@@ -136,8 +141,7 @@ def make_service(
             load_chat_template(folder),
             settings,
             vocab_size=store.config.vocab_size,
-            model=model,
-            metrics=metrics,
+            model=model_id(name),
             describe=lambda: {"mode": "mp", "dtype": dtype, "split": split()},
             stop_tokens=_stop_tokens(folder, tokenizer),
             close=undo.pop_all().close,
@@ -293,20 +297,38 @@ def listen_http(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(service: Service, host: str, *, key: str | None) -> uvicorn.Server:
+def model_id(name: str) -> str:
+    """What a model is called in the API: the last part of its folder, or its Hugging Face id."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name
+
+
+def load_server_extra() -> None:
+    """Look for what the HTTP interface needs, before a model is loaded for it.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    for module in ("fastapi", "uvicorn", "websockets", "prometheus_client"):
+        import_extra(module, "smolcluster serve", "serve")
+
+
+def make_server(service: Service, host: str, *, key: str | None, metrics: ServingMetrics) -> uvicorn.Server:
     """What answers HTTP requests; its `run` blocks until it is told to exit.
 
     Args:
         service: what it answers with.
         host: the name or address that it listens at.
         key: what clients have to send; None: nothing.
+        metrics: what `GET /metrics` tells; it watches the service's engine from now on.
     """
-    server = import_extra("uvicorn", "smolcluster serve")
+    server = import_extra("uvicorn", "smolcluster serve", "serve")
     from smolcluster.serving.app import make_app
     from smolcluster.serving.guard import MAX_BODY_BYTES, Guard
 
     hosts = {"localhost", "127.0.0.1", "::1", host, socket.gethostname()}
-    app = make_app(service, Guard(hosts, key), service.describe)
+    app = make_app(service, Guard(hosts, key), metrics)
+    metrics.watch(service.engine)
     config = server.Config(
         app,
         log_level="warning",

@@ -25,7 +25,7 @@ from smolcluster.kinds import JsonObject
 from smolcluster.serving.engine import ContextOverflow, QueueFull, Unavailable
 from smolcluster.serving.engine import Request as EngineRequest
 from smolcluster.serving.guard import Guard
-from smolcluster.serving.metrics import CONTENT_TYPE
+from smolcluster.serving.metrics import CONTENT_TYPE, ServingMetrics
 from smolcluster.serving.openai import (
     ChatMessage,
     ChatRequest,
@@ -75,18 +75,18 @@ class PromptRequest(BaseModel):
         )
 
 
-def make_app(service: Service, guard: Guard, describe: Callable[[], JsonObject]) -> FastAPI:
+def make_app(service: Service, guard: Guard, metrics: ServingMetrics) -> FastAPI:
     """The application.
 
     Args:
         service: answers.
         guard: who may ask.
-        describe: what `GET /config` says besides.
+        metrics: what `GET /metrics` tells.
     """
     app = FastAPI(title="smolcluster", docs_url=None, redoc_url=None)
     app.add_middleware(guard.middleware)
     _add_errors(app)
-    api = _Api(service, describe)
+    api = _Api(service, metrics)
     app.post("/v1/chat/completions", response_model=None)(api.chat_completions)
     app.post("/v1/completions", response_model=None)(api.completions)
     app.get("/v1/models", response_model=None)(api.models)
@@ -101,9 +101,9 @@ def make_app(service: Service, guard: Guard, describe: Callable[[], JsonObject])
 
 
 class _Api:
-    def __init__(self, service: Service, describe: Callable[[], JsonObject]) -> None:
+    def __init__(self, service: Service, metrics: ServingMetrics) -> None:
         self._service = service
-        self._describe = describe
+        self._metrics = metrics
 
     # ---- OpenAI's paths
 
@@ -288,12 +288,12 @@ class _Api:
             "max_queue": settings.max_queue,
             "active_decoding_strategy": settings.active_decoding_strategy,
             "decoding_strategies": settings.decoding_strategies.model_dump(mode="json"),
-            **self._describe(),
+            **self._service.describe(),
         }
 
     async def metrics(self) -> Response:
         """What the engine does, for Prometheus."""
-        return Response(self._service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def reconnect(self) -> JsonObject:
         """Put the stages together anew, with all nodes that are there now. Answers under way go on."""

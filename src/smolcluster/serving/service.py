@@ -18,7 +18,6 @@ from smolcluster.errors import ServingError
 from smolcluster.kinds import JsonObject
 from smolcluster.serving.chat_template import ChatTemplate, Message
 from smolcluster.serving.engine import ContextOverflow, Engine, Event, Request
-from smolcluster.serving.metrics import ServingMetrics
 from smolcluster.serving.sampling import Sampling
 
 Strategy = Literal["greedy", "sampling", "top_p", "top_k"]
@@ -60,7 +59,6 @@ class Service:
         vocab_size: int,
         model: str,
         stop_tokens: frozenset[int],
-        metrics: ServingMetrics,
         describe: Callable[[], JsonObject],
         close: Callable[[], object],
     ) -> None:
@@ -72,11 +70,9 @@ class Service:
         vocab_size: of the model; its tokenizer may know more ids.
         model: the id that requests name it by.
         stop_tokens: that end an answer.
-        metrics: of the engine.
         describe: how it is served.
         close: ends all that computes.
         """
-        self.metrics = metrics
         self.describe = describe
         self.close = close
         self.engine = engine
