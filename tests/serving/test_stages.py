@@ -17,6 +17,7 @@ from smolcluster.config.schema import ServingConfig
 from smolcluster.errors import ConfigError, SmolError
 from smolcluster.run.serve import Layout, make_service
 from smolcluster.serving.engine import Request
+from smolcluster.serving.layer_store import LayerStore
 from smolcluster.serving.sampling import Sampling
 from smolcluster.serving.service import Service
 
@@ -137,3 +138,15 @@ def test_damaged_weights_end_the_start_at_once(tmp_path: Path) -> None:
         serve(model, 2, tmp_path)
     assert time.monotonic() - began < 30
     assert not stage_processes()
+
+
+def test_auto_is_the_dtype_whose_products_take_least(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from smolcluster.serving import layer_store
+
+    taken = {torch.float32: 2.0, torch.bfloat16: 1.0, torch.float16: 3.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_store, "_time_products", lambda config, dtype, device: taken[dtype])
+        assert LayerStore(folder, "auto").dtype == "bf16"
+    measured = LayerStore(folder, "auto")
+    assert measured.dtype in ("fp32", "bf16", "fp16")
+    assert 0 < layer_store._time_products(measured.config, torch.float32, torch.device("cpu")) < 10

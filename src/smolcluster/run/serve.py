@@ -104,6 +104,7 @@ def make_service(
     folder = model_folder(name, with_weights=True)
     resolved = str(resolve_device(device))
     store = LayerStore(folder, dtype, resolved, is_deterministic=layout.is_deterministic)
+    dtype = store.dtype
     tokenizer = load_tokenizer(str(folder))
     longest = store.config.max_positions
     size = _cache_size(store, settings, longest)

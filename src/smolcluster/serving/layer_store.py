@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +29,47 @@ DTYPES: dict[str, tuple[torch.dtype, WeightKind]] = {
 }
 
 
+# Those that "auto" chooses between: integers are chosen by who accepts what they cost in precision.
+_TIMED = ("fp32", "bf16", "fp16")
+# More than any cache holds, as a model's weights are.
+_TIMED_BYTES = 128 << 20
+_TIMED_ROUNDS = 5
+
+
 @dataclass(frozen=True, slots=True)
 class CacheSize:
     """Of keys and values: `slots` sequences of `length` positions."""
 
     slots: int
     length: int
+
+
+def fastest_dtype(config: DecoderConfig, device: str) -> str:
+    """The floating-point dtype in which this machine computes a token's products fastest; blocks for a second or two.
+
+    Half the bytes are not always half the time: many processors convert bfloat16 and float16 number by number.
+    """
+    seconds = {name: _time_products(config, DTYPES[name][0], torch.device(device)) for name in _TIMED}
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _time_products(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Of one row with matrices of the model's feed-forward layers; inf: this device has no such products."""
+    matrix = torch.randn(config.ff_dim, config.model_dim, dtype=torch.float32)
+    copies = max(1, _TIMED_BYTES // (matrix.numel() * 4))
+    x = torch.randn(1, config.model_dim).to(device, dtype)
+    try:
+        weights = [matrix.to(device, dtype, copy=True) for _ in range(copies)]
+        rounds = []
+        for _ in range(_TIMED_ROUNDS):
+            began = time.perf_counter()
+            for weight in weights:
+                out = torch.nn.functional.linear(x, weight)
+            out.sum().item()  # waits for a GPU
+            rounds.append(time.perf_counter() - began)
+    except RuntimeError:
+        return math.inf
+    return min(rounds)
 
 
 class LayerStore:
@@ -45,15 +82,15 @@ class LayerStore:
 
         Args:
             folder: the model's.
-            dtype: a key of DTYPES.
+            dtype: a key of DTYPES, or "auto": see fastest_dtype.
             device: where to compute.
             is_deterministic: a stream's tokens do not depend on what is computed with them; see Decoder.
 
         Raises:
             ConfigError: it is of a kind that cannot be served, or there is no such dtype.
         """
-        if dtype not in DTYPES:
-            raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+        if dtype not in ("auto", *DTYPES):
+            raise ConfigError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
         config = read_decoder_config(folder)
         if config is None:
             raise ConfigError(
@@ -61,8 +98,9 @@ class LayerStore:
                 f"that can: {', '.join(FAMILIES)}"
             )
         self.config: DecoderConfig = config
+        self.dtype = fastest_dtype(config, device) if dtype == "auto" else dtype
         self._folder = folder
-        activations, kind = DTYPES[dtype]
+        activations, kind = DTYPES[self.dtype]
         self._itemsize = activations.itemsize
         self._loader = DecoderLoader(config, activations, kind, device, is_isolated=is_deterministic)
 
