@@ -18,12 +18,13 @@ _M_MMAP_THRESHOLD = -3
 RETURNED_BYTES = 4 << 20
 
 
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device that `training.device` names on this machine.
+def resolve_device(name: str, local_rank: int = 0, *, key: str = "training.device") -> torch.device:
+    """The device that `training.device`, or a flag, names on this machine.
 
     Args:
         name: "auto" (CUDA if there is one, else Apple's MPS, else the CPU), "cpu", "cuda" or "mps".
         local_rank: this process's number among those of this machine; they share its GPUs in turn.
+        key: what the user named it with, for messages.
 
     Raises:
         ConfigError: this machine has no such device, or the name is unknown.
@@ -39,8 +40,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         name = available[0]
     if name not in available:
         raise ConfigError(
-            f"training.device is {name!r}, but this machine offers {', '.join(available)} "
-            f"(torch {torch.__version__}). Set training.device to one of those, or to auto."
+            f"{key} is {name!r}, but this machine offers {', '.join(available)} "
+            f"(torch {torch.__version__}). Set {key} to one of those, or to auto."
         )
     if name == "cuda":
         return torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -87,7 +87,8 @@ def test_generate_writes_the_same_text_in_one_process_and_in_stages(model: Path)
     ("arguments", "says"),
     [
         (("generate", "--prompt", "x"), "--model"),
-        (("generate", "--prompt", "x", "--model", "/nowhere/at/all"), "/nowhere/at/all"),
+        (("generate", "--prompt", "x", "--model", "/nowhere/at/all"), "--model is /nowhere/at/all"),
+        (("serve", "--model", "MODEL", "--device", "tpu"), "--device is 'tpu'"),
         (("serve", "--model", "MODEL", "--dtype", "fp8"), "fp64"),
         (("serve", "--model", "MODEL", "--local", 0), "--local 0"),
         (("serve", "--model", "MODEL", "--local", 2, "--split", "5"), "5 blocks"),

@@ -19,18 +19,19 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def model_folder(name: str | None, *, with_weights: bool) -> Path:
-    """The folder of `model.hf_model_name`: a local one, or a Hugging Face id's, downloaded if need be.
+def model_folder(name: str | None, *, with_weights: bool, key: str = "model.hf_model_name") -> Path:
+    """The folder that a user named: a local one, or a Hugging Face id's, downloaded if need be.
 
     Args:
         name: a folder or an id.
         with_weights: False: the configuration alone is needed.
+        key: what the user named it with, for messages.
 
     Raises:
         ConfigError: there is no name, it cannot be had, or has no config.json.
     """
     if not name:
-        raise ConfigError("model.hf_model_name is not set. Name a folder or a Hugging Face id")
+        raise ConfigError(f"{key} is not set. Name a folder or a Hugging Face id")
 
     def is_whole(folder: Path) -> bool:
         if not with_weights:
@@ -43,9 +44,9 @@ def model_folder(name: str | None, *, with_weights: bool) -> Path:
     patterns = [CONFIG, "generation_config.json"]
     if with_weights:
         patterns += [WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors"]
-    folder = find_folder(name, key="model.hf_model_name", patterns=patterns, is_whole=is_whole)
+    folder = find_folder(name, key=key, patterns=patterns, is_whole=is_whole)
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"model.hf_model_name is {name}, but {folder} has no {CONFIG}. Name a folder of a model")
+        raise ConfigError(f"{key} is {name}, but {folder} has no {CONFIG}. Name a folder of a model")
     return folder
 
 

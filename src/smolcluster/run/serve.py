@@ -101,8 +101,8 @@ def make_service(
     """
     layout = layout or Layout()
     prepare_process()
-    folder = model_folder(name, with_weights=True)
-    resolved = str(resolve_device(device))
+    folder = model_folder(name, with_weights=True, key="--model")
+    resolved = str(resolve_device(device, key="--device"))
     store = LayerStore(folder, dtype, resolved, is_deterministic=layout.is_deterministic)
     dtype = store.dtype
     tokenizer = load_tokenizer(str(folder))
