@@ -77,6 +77,30 @@ def train(
         print(line)
 
 
+@app.command("generate")
+def generate(
+    model: Annotated[str, typer.Option(metavar="FOLDER_OR_HF_ID", help="The model.")],
+    local: Annotated[int, typer.Option(metavar="N", help="Stages, each a process of this machine.", min=1)] = 1,
+    against: Annotated[str | None, typer.Option(metavar="hf", help="A competitor: transformers' generate.")] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of ours: fp32, int8, …")] = "fp32",
+    streams: Annotated[int, typer.Option(metavar="N", help="Texts at once.", min=1)] = 1,
+    prompt: Annotated[int, typer.Option(metavar="N", help="Tokens of each text's beginning.", min=1)] = 32,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that are written.", min=2)] = 64,
+    pairs: Annotated[int | None, typer.Option(metavar="N", help="Blocks of each side. Default: 7.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second that a model writes through the whole engine, in blocks that alternate with a competitor's."""
+    from smolcluster.bench.generate import PAIRS, Options, bench_generate, generate_lines
+
+    options = Options(against, local, dtype, streams, prompt, tokens, PAIRS if pairs is None else pairs)
+    result = bench_generate(model, options)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for line in generate_lines(result):
+        print(line)
+
+
 @app.command("all-reduce")
 def all_reduce(
     world: Annotated[int, typer.Option(metavar="N", help="Ranks, each a process of this machine.")] = 2,
