@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -15,15 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from models.hf_folders import trained_folder
+
 MODEL = "stories260K-hf"
 
 
 @pytest.fixture
 def model() -> Path:
-    data = os.environ.get("SMOLCLUSTER_DATA")
-    if data is None or not Path(data, MODEL).is_dir():
-        pytest.skip("needs the trained model of SMOLCLUSTER_DATA")
-    return Path(data, MODEL)
+    return trained_folder(MODEL)
 
 
 def command(*arguments: object) -> list[str]:

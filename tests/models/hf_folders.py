@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ _LLAMA_LIKE = {
     "head_dim": 8,
     "max_position_embeddings": TIME,
 }
+
+
+def trained_folder(name: str) -> Path:
+    """A trained model of SMOLCLUSTER_DATA, or of ../shared/data beside the checkout."""
+    beside = Path(__file__).parents[2].parent / "shared" / "data"
+    folder = Path(os.environ.get("SMOLCLUSTER_DATA") or beside, name)
+    if not folder.is_dir():
+        pytest.skip(f"no {name} in SMOLCLUSTER_DATA or ../shared/data")
+    return folder
 
 
 def transformers() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from models.hf_folders import trained_folder
 from smolcluster.config.schema import ServingConfig
 from smolcluster.run.serve import listen_http, make_server, make_service
 from smolcluster.serving.metrics import ServingMetrics
@@ -28,10 +28,7 @@ KEY = "a-key-for-tests"
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    data = os.environ.get("SMOLCLUSTER_DATA")
-    if data is None or not Path(data, MODEL).is_dir():
-        pytest.skip("needs the trained model of SMOLCLUSTER_DATA")
-    return Path(data, MODEL)
+    return trained_folder(MODEL)
 
 
 @contextmanager
