@@ -249,8 +249,8 @@ MUTANTS = (
     Mutant(
         "pipeline: the stage before waits for gradients of weights",
         "training/late_weights.py",
-        "        self._waiting.append((weight, x.t(), grad) if is_transposed else (weight, grad.t(), x))\n",
-        "        self._waiting.append((weight, x.t(), grad) if is_transposed else (weight, grad.t(), x))\n"
+        "        self._waiting.append((weight, rows.t(), grad) if is_transposed else (weight, grad.t(), rows))\n",
+        "        self._waiting.append((weight, rows.t(), grad) if is_transposed else (weight, grad.t(), rows))\n"
         "        self.compute()\n",
         ("tests/training/test_late_weights.py",),
     ),

@@ -237,6 +237,32 @@ def test_chat_events(port: int) -> None:
     assert last["tokens_per_second"] > 0
 
 
+@pytest.mark.parametrize("path", ["chat", "ws"])
+def test_times_begin_with_the_request_and_are_the_engines(folder: Path, path: str) -> None:
+    """With 30 ms a step: the first token is there after one, and nine more take nine."""
+    with serving(folder, max_concurrent=1) as (service, port):
+        executor: Any = service.engine._executor
+        submit = executor.submit
+
+        def slow(batch: Any) -> None:
+            time.sleep(0.03)
+            submit(batch)
+
+        executor.submit = slow
+        body = {"id": "a", "text": "Tom", "max_tokens": 10, "temperature": 0}
+        if path == "chat":
+            content = ask(port, "POST", "/chat", body)[2].decode()
+            last = json.loads(content.strip().split("\n\n")[-1].removeprefix("data: "))
+        else:
+            with client_of.connect(f"ws://127.0.0.1:{port}/ws") as socket:
+                socket.send(json.dumps(body))
+                while not (last := json.loads(socket.recv(timeout=30)))["done"]:
+                    pass
+    assert last["time_to_first_token_ms"] >= 30
+    assert last["total_time_ms"] >= 300
+    assert last["tokens_per_second"] <= 9 / 0.27
+
+
 def test_several_requests_over_one_websocket(port: int) -> None:
     with client_of.connect(f"ws://127.0.0.1:{port}/ws") as socket:
         socket.send(json.dumps({"id": "a", "text": "Tom", "max_tokens": 20, "temperature": 0}))
@@ -257,6 +283,7 @@ def test_several_requests_over_one_websocket(port: int) -> None:
             else:
                 texts[event["id"]] += event["token"]
     assert ends["a"]["full_text"] == texts["a"]
+    assert 0 < ends["a"]["time_to_first_token_ms"] < ends["a"]["total_time_ms"]
     assert ends["b"]["finish_reason"] == "cancelled"
     assert "temperature" in ends["c"]["error"]
     assert all(errors)

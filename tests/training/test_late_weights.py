@@ -25,6 +25,14 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.flatten(0, -2), self.weight).view(x.shape)
 
 
+class ChangesAPart(nn.Module):
+    """Changes a view of what it is given in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[..., : WIDTH // 2].tanh_()
+        return x
+
+
 def make_module(kind: str) -> nn.Module:
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, WIDTH, bias=kind != "without bias", dtype=torch.float64)
@@ -32,6 +40,10 @@ def make_module(kind: str) -> nn.Module:
         return nn.Sequential(Conv1D(), nn.Tanh(), linear)
     if kind == "twice":
         return nn.Sequential(linear, nn.Tanh(), linear)
+    if kind == "in place":
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), nn.ReLU(inplace=True), linear)
+    if kind == "a part in place":
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.float64), ChangesAPart(), linear, ChangesAPart())
     if kind == "frozen weight":
         linear.weight.requires_grad_(False)
     if kind == "frozen bias":
@@ -53,7 +65,10 @@ def grads(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["rows", "sequences"])
-@pytest.mark.parametrize("kind", ["plain", "without bias", "transposed", "twice", "frozen weight", "frozen bias"])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "without bias", "transposed", "twice", "in place", "a part in place", "frozen weight", "frozen bias"],
+)
 def test_gradients_are_those_of_autograd_over_several_micro_batches(kind: str, shape: tuple[int, ...]) -> None:
     plain = make_module(kind)
     module = copy.deepcopy(plain)

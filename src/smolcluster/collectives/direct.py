@@ -7,7 +7,6 @@ Frames are those of point-to-point messages (docs/protocol.md), on lanes of thei
 
 from __future__ import annotations
 
-import logging
 import select
 import threading
 import time
@@ -22,8 +21,6 @@ from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
 from smolcluster.transport.frame import KIND_MESSAGE, MAX_UNSIZED_BYTES, Prelude
 from smolcluster.transport.tensors import dtype_code, raw_bytes
-
-logger = logging.getLogger(__name__)
 
 _UINT8 = dtype_code(torch.uint8)
 _DIM_BYTES = 8

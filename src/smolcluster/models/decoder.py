@@ -111,11 +111,6 @@ class KeyValueCache:
         # One tensor for each place that is used in every step: indexing costs as much as a small product.
         self.at = [[(k, v) for k, v in zip(ks, vs, strict=True)] for ks, vs in zip(self.keys, self.values, strict=True)]
 
-    @property
-    def nbytes(self) -> int:
-        """What it takes when it is full."""
-        return self.keys.nbytes + self.values.nbytes
-
 
 class Decoder:
     """Consecutive layers of a model: entry, blocks, exit, of which a stage may have any run."""
@@ -287,10 +282,7 @@ def _rotations(
         return None, None
     angles = torch.arange(length)[:, None].float() * config.rope
     angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return (
-        (angles.cos() * config.rope_scale).to(device, dtype),
-        (angles.sin() * config.rope_scale).to(device, dtype),
-    )
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def _rotate(x_NHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -49,7 +49,6 @@ class DecoderConfig:
         windows: for each block how many positions a token sees, itself included; None: all before it.
         is_tied: the head is the token embedding.
         rope: frequencies of rotary positions, (K/2,) float32; None: positions are learned (GPT-2).
-        rope_scale: what cos and sin are multiplied with.
         has_qkv_bias: of queries, keys and values.
         has_out_bias: of attention's projection.
         has_ff_bias: of the feed-forward layer.
@@ -70,7 +69,6 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     is_tied: bool
     rope: Tensor | None = None
-    rope_scale: float = 1.0
     has_qkv_bias: bool = False
     has_out_bias: bool = False
     has_ff_bias: bool = False

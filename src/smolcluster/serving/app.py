@@ -1,4 +1,4 @@
-"""The HTTP interface: OpenAI's paths, `/chat`, `/ws`, and what operators look at. See docs/api.md.
+"""The HTTP interface: OpenAI's paths, `/chat`, `/ws`, and what operators look at. See docs/inference.md.
 
 Everything here runs in one asyncio loop and waits for the engine, which has a thread of its own.
 """
@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from smolcluster.errors import ServingError, SmolError
@@ -27,6 +27,7 @@ from smolcluster.serving.engine import Request as EngineRequest
 from smolcluster.serving.guard import Guard
 from smolcluster.serving.metrics import CONTENT_TYPE, ServingMetrics
 from smolcluster.serving.openai import (
+    AnswerBody,
     ChatMessage,
     ChatRequest,
     CompletionRequest,
@@ -36,7 +37,7 @@ from smolcluster.serving.openai import (
     usage,
 )
 from smolcluster.serving.sampling import Sampled
-from smolcluster.serving.service import Answer, Service, Strategy, Wishes
+from smolcluster.serving.service import Answer, Service
 
 logger = logging.getLogger(__name__)
 
@@ -45,34 +46,17 @@ _Given = TypeVar("_Given")
 _SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class PromptRequest(BaseModel):
+class PromptRequest(AnswerBody):
     """Body of `POST /chat`, and of a request over `/ws`."""
 
     text: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    decoding_strategy: Strategy | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] | None = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> PromptRequest:
         if (self.text is None) == (self.messages is None):
             raise ValueError("give text or messages, one of them")
         return self
-
-    def wishes(self) -> Wishes:
-        """What it says about its answer."""
-        return Wishes(
-            strategy=self.decoding_strategy,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            max_tokens=self.max_tokens,
-        )
 
 
 def make_app(service: Service, guard: Guard, metrics: ServingMetrics) -> FastAPI:
@@ -115,8 +99,7 @@ class _Api:
         request = service.request(prompt, body.wishes())
         answer, head = service.ask(request), _head("chatcmpl", "chat.completion", service.model)
         if body.stream:
-            has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            return _stream(self._chat_chunks(answer, head, request, has_usage), answer)
+            return _stream(self._chat_chunks(answer, head, request, body.wants_usage), answer)
         told = await _whole(answer, http)
         choice: JsonObject = {
             "index": 0,
@@ -163,8 +146,7 @@ class _Api:
         request = service.request(prompt, body.wishes())
         answer, head = service.ask(request), _head("cmpl", "text_completion", service.model)
         if body.stream:
-            has_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            return _stream(self._text_chunks(answer, head, request, has_usage), answer)
+            return _stream(self._text_chunks(answer, head, request, body.wants_usage), answer)
         told = await _whole(answer, http)
         logprobs = self._text_logprobs(told.tokens, 0)[0] if request.sampling.logprobs is not None else None
         choice: JsonObject = {"index": 0, "text": told.text, "logprobs": logprobs, "finish_reason": told.reason}
@@ -228,8 +210,9 @@ class _Api:
 
     async def chat(self, body: PromptRequest) -> Response:
         """An answer to a text or a conversation, as server-sent events."""
+        began = time.perf_counter()
         answer = await self._ask(body)
-        events = (_event(event) async for event in _told(answer, time.perf_counter()))
+        events = (_event(event) async for event in _told(answer, began))
         return _stream(events, answer)
 
     async def websocket(self, socket: WebSocket) -> None:
@@ -250,7 +233,7 @@ class _Api:
         message = await socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1000))
-        request_id: str | None = None
+        began, request_id = time.perf_counter(), None
         try:
             content = json.loads(message.get("text") or message.get("bytes") or "")
             if not isinstance(content, dict):
@@ -268,7 +251,7 @@ class _Api:
             request_id = None if isinstance(error, UnicodeEncodeError) else request_id
             await socket.send_json({"id": request_id, "error": _reason(error), "done": True})
             return
-        task = asyncio.create_task(_pass_on(socket, request_id, answer))
+        task = asyncio.create_task(_pass_on(socket, request_id, answer, began))
         under_way[request_id] = answer, task
         task.add_done_callback(lambda _: under_way.pop(request_id, None))
 
@@ -351,34 +334,33 @@ async def _disconnected(http: Request) -> None:
 
 async def _told(answer: Answer, began: float) -> AsyncIterator[JsonObject]:
     """The events of `/chat` and `/ws`."""
-    text, count, first = "", 0, 0.0
+    text, count = "", 0
     async for event in answer:
         if event.finish_reason == "error":
             yield {"error": event.error, "done": True}
             return
         if event.token is not None:
             count += 1
-            first = first or time.perf_counter()
         text += event.text
         if event.text:
             yield {"token": event.text, "done": False}
     now = time.perf_counter()
-    writing = now - first if first else 0.0
+    writing = answer.newest_at - answer.first_at
     yield {
         "done": True,
         "full_text": text,
         "num_tokens": count,
-        "time_to_first_token_ms": round(1000 * ((first or now) - began), 3),
+        "time_to_first_token_ms": round(1000 * ((answer.first_at or now) - began), 3),
         "tokens_per_second": round((count - 1) / writing, 3) if count > 1 and writing > 0 else 0.0,
         "total_time_ms": round(1000 * (now - began), 3),
         "finish_reason": event.finish_reason,
     }
 
 
-async def _pass_on(socket: WebSocket, request_id: str, answer: Answer) -> None:
+async def _pass_on(socket: WebSocket, request_id: str, answer: Answer, began: float) -> None:
     try:
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # the client has gone
-            async for event in _told(answer, time.perf_counter()):
+            async for event in _told(answer, began):
                 await socket.send_json({"id": request_id, **event})
     finally:
         answer.cancel()

@@ -140,7 +140,6 @@ class Engine:
         decode: Callable[[Sequence[int]], str],
         *,
         recover: Callable[[SmolError], Executor] | None = None,
-        max_concurrent: int | None = None,
         max_queue: int = 64,
         is_deterministic: bool = False,
         timeout: float = math.inf,
@@ -153,7 +152,6 @@ class Engine:
             decode: the text of token ids.
             recover: makes an executor of the same size in place of one that has failed, whose error it is given. It
                 may block. None: there is no other.
-            max_concurrent: requests that are computed at once; None: as many as there are slots.
             max_queue: requests that may wait besides.
             is_deterministic: each answer is computed in pieces that do not depend on the other ones, and nothing of
                 another conversation is used again. The executor has to be so too; see Decoder.
@@ -166,7 +164,7 @@ class Engine:
         self._decode = decode
         self._recover = recover
         self._max_queue = max_queue
-        self._slots = Slots(min(executor.slots, max_concurrent or executor.slots))
+        self._slots = Slots(executor.slots)
         self._waiting: deque[_Stream] = deque()
         self._streams: dict[int, _Stream] = {}  # by slot, in the order in which they came
         self._under_way: deque[MicroBatch] = deque()

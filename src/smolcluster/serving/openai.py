@@ -30,12 +30,9 @@ class StreamOptions(_Body):
     include_usage: bool | None = False
 
 
-class _Sampling(_Body):
-    """What chat and plain completions have in common."""
+class AnswerBody(_Body):
+    """What a request may say about its answer, whatever its path."""
 
-    model: str
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
@@ -43,15 +40,11 @@ class _Sampling(_Body):
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     decoding_strategy: Strategy | None = None
     seed: Annotated[int, Field(ge=-_MAX_SEED - 1, le=_MAX_SEED)] | None = None
-    n: Literal[1] | None = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    presence_penalty: Literal[0] | None = 0
-    frequency_penalty: Literal[0] | None = 0
-    user: str | None = None
 
     def wishes(self) -> Wishes:
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        """The same for the service."""
         return Wishes(
             strategy=self.decoding_strategy,
             temperature=self.temperature,
@@ -61,8 +54,25 @@ class _Sampling(_Body):
             repetition_penalty=self.repetition_penalty,
             seed=None if self.seed is None else self.seed % (_MAX_SEED + 1),
             max_tokens=self.max_tokens,
-            stops=stops,
+            stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
         )
+
+
+class _Completion(AnswerBody):
+    """What chat and plain completions have in common."""
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = 1
+    presence_penalty: Literal[0] | None = 0
+    frequency_penalty: Literal[0] | None = 0
+    user: str | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """In a stream: to be told at its end what it took."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class ContentPart(_Body):
@@ -86,7 +96,7 @@ class ChatMessage(_Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
 
 
-class ChatRequest(_Sampling):
+class ChatRequest(_Completion):
     """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -103,7 +113,7 @@ class ChatRequest(_Sampling):
         )
 
 
-class CompletionRequest(_Sampling):
+class CompletionRequest(_Completion):
     """Body of `POST /v1/completions`."""
 
     prompt: (

@@ -156,9 +156,14 @@ class Service:
 
 
 class Answer:
-    """An answer under way: its events, in an asyncio loop. `cancel` it if nobody wants the rest."""
+    """An answer under way: its events, in an asyncio loop. `cancel` it if nobody wants the rest.
+
+    Attributes:
+        first_at, newest_at: `time.perf_counter()` when the engine had its first and newest token; 0: it had none.
+    """
 
     def __init__(self, engine: Engine, request: Request) -> None:
+        self.first_at = self.newest_at = 0.0
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events = asyncio.Queue[Event]()
@@ -178,5 +183,8 @@ class Answer:
 
     def _pass_on(self, event: Event) -> None:
         """In the engine's thread."""
+        if event.token is not None:
+            self.newest_at = time.perf_counter()
+            self.first_at = self.first_at or self.newest_at
         with contextlib.suppress(RuntimeError):  # the loop has ended before the engine
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)

@@ -124,18 +124,6 @@ class StageHub:
         with self._news:
             return [node.newcomer.name for node in self._nodes.values()]
 
-    def wait_for(self, count: int, timeout: float) -> None:
-        """Block until so many nodes are here.
-
-        Raises:
-            ServingError: they did not come in time.
-        """
-        with self._news:
-            if not self._news.wait_for(lambda: len(self._nodes) >= count, timeout):
-                raise ServingError(
-                    f"{len(self._nodes)} of {count} nodes have come within {timeout:g} s. Look at the others' logs"
-                )
-
     def _grant(self, newcomer: Newcomer) -> Granted:
         with self._news:
             known = self._nodes.get(newcomer.rank)

@@ -53,17 +53,19 @@ class LateWeights:
             given: Tensor = plain(x)
             return given
         constant = weight.detach()  # autograd computes no gradient for it
-        out = F.linear(x, constant.t() if is_transposed else constant, layer.bias)
+        rows = x.flatten(0, -2)
+        out = F.linear(rows, constant.t() if is_transposed else constant, layer.bias)
+        # On rows, not on what F.linear gives for more dims: that is a view, and a layer that changes a view in place,
+        # as ReLU(inplace=True) does, takes its hooks away.
         out.register_hook(  # type: ignore[no-untyped-call]
-            partial(self._keep, weight, is_transposed, x.detach(), x._version)
+            partial(self._keep, weight, is_transposed, rows.detach(), rows._version)
         )
-        return out
+        return out.view(*x.shape[:-1], out.shape[-1])
 
-    def _keep(self, weight: nn.Parameter, is_transposed: bool, x: Tensor, version: int, grad: Tensor) -> None:
-        if x._version != version:  # autograd would say so, had it kept x
+    def _keep(self, weight: nn.Parameter, is_transposed: bool, rows: Tensor, version: int, grad: Tensor) -> None:
+        if rows._version != version:  # autograd would say so, had it kept them
             raise RuntimeError("what a linear layer has been given was changed in place before its backward pass")
-        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        self._waiting.append((weight, x.t(), grad) if is_transposed else (weight, grad.t(), x))
+        self._waiting.append((weight, rows.t(), grad) if is_transposed else (weight, grad.t(), rows))
 
 
 def _has_hooks(layer: nn.Module) -> bool:
