@@ -241,7 +241,7 @@ def test_chat_events(port: int) -> None:
 def test_times_begin_with_the_request_and_are_the_engines(folder: Path, path: str) -> None:
     """With 30 ms a step: the first token is there after one, and nine more take nine."""
     with serving(folder, max_concurrent=1) as (service, port):
-        executor: Any = service.engine._executor
+        executor: Any = service.engine.replicas[0]._executor
         submit = executor.submit
 
         def slow(batch: Any) -> None:

@@ -19,8 +19,9 @@ from smolcluster.errors import SmolError
 from smolcluster.models.decoder_config import read_decoder_config
 from smolcluster.models.decoder_files import DecoderLoader
 from smolcluster.models.tensor_files import TensorFiles
-from smolcluster.serving.engine import Engine, Request
+from smolcluster.serving.engine import Engine
 from smolcluster.serving.executor import MicroBatch, NewTokens, Opened
+from smolcluster.serving.requests import Request
 from smolcluster.serving.sampling import Sampled, Sampling
 from smolcluster.serving.stage_server import ChainExecutor, run_stage
 from smolcluster.serving.wire import pack_batch, pack_tokens, unpack_batch, unpack_tokens
@@ -87,7 +88,7 @@ def answer_over(folder: Path, stages: Sequence[range], *, has_controller: bool =
     for rank in ranks:
         rank.start()
     executor = ChainExecutor(rings[0], None if has_controller else load(folder, stages[0]), slots=SLOTS, length=LENGTH)
-    engine = Engine(executor, decode)
+    engine = Engine([(executor, None)], decode)
     try:
         asked = [
             Asked(engine, Request(prompt, 12, Sampling(seed=5, **SAMPLED) if n % 2 else Sampling(temperature=0.0)))

@@ -18,8 +18,9 @@ from smolcluster.models.decoder import Segment
 from smolcluster.models.decoder_config import read_decoder_config
 from smolcluster.models.decoder_files import DecoderLoader
 from smolcluster.models.tensor_files import TensorFiles
-from smolcluster.serving.engine import ContextOverflow, Engine, Event, QueueFull, Request, Unavailable
+from smolcluster.serving.engine import Engine
 from smolcluster.serving.executor import LocalExecutor, MicroBatch, NewTokens
+from smolcluster.serving.requests import ContextOverflow, Event, QueueFull, Request, Unavailable
 from smolcluster.serving.sampling import Sampling
 
 LENGTH = 96
@@ -142,7 +143,7 @@ def expected(folder: Path, prompt: list[int], count: int, **sampling: Any) -> li
 
 @pytest.mark.parametrize("is_sampled", [False, True], ids=["greedy", "sampled"])
 def test_streams_together_get_what_generate_gives_each(folder: Path, is_sampled: bool, engines: list[Engine]) -> None:
-    engine = Engine(make_executor(folder), decode)
+    engine = Engine([(make_executor(folder), None)], decode)
     engines.append(engine)
     sampling = Sampling(seed=5, **SAMPLED) if is_sampled else Sampling(temperature=0.0)
     asked = [Asked(engine, Request(prompt, 20, sampling)) for prompt in prompts()]
@@ -154,7 +155,7 @@ def test_streams_together_get_what_generate_gives_each(folder: Path, is_sampled:
 
 def test_the_next_turn_computes_only_what_is_new(llama: Path, engines: list[Engine]) -> None:
     executor = make_executor(llama)
-    engine = Engine(executor, decode)
+    engine = Engine([(executor, None)], decode)
     engines.append(engine)
     first = Asked(engine, Request(prompts()[2], 10, Sampling(temperature=0.0))).wait()
     # The newest token of an answer has not been computed.
@@ -167,7 +168,7 @@ def test_the_next_turn_computes_only_what_is_new(llama: Path, engines: list[Engi
 
 
 def test_stop_tokens_and_stop_strings_end_an_answer(llama: Path, engines: list[Engine]) -> None:
-    engine = Engine(make_executor(llama), decode)
+    engine = Engine([(make_executor(llama), None)], decode)
     engines.append(engine)
     prompt, greedy = prompts()[1], Sampling(temperature=0.0)
     tokens = expected(llama, prompt, 20)
@@ -180,7 +181,7 @@ def test_stop_tokens_and_stop_strings_end_an_answer(llama: Path, engines: list[E
 
 
 def test_a_cancelled_request_frees_its_slot_and_others_do_not_notice(llama: Path, engines: list[Engine]) -> None:
-    engine = Engine(make_executor(llama, slots=2), decode)
+    engine = Engine([(make_executor(llama, slots=2), None)], decode)
     engines.append(engine)
     long = Asked(engine, Request(prompts()[1], 80, Sampling(temperature=0.0)))
     other = Asked(engine, Request(prompts()[0], 20, Sampling(temperature=0.0)))
@@ -196,7 +197,7 @@ def test_a_cancelled_request_frees_its_slot_and_others_do_not_notice(llama: Path
 
 def test_what_has_no_room_is_refused(llama: Path, engines: list[Engine]) -> None:
     executor = make_executor(llama, slots=1)
-    engine = Engine(executor, decode, max_queue=1)
+    engine = Engine([(executor, None)], decode, max_queue=1)
     engines.append(engine)
     with pytest.raises(ContextOverflow, match="96 in all"):
         engine.submit(Request([1] * 90, 7), print)
@@ -221,7 +222,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_answered(llam
         raise RuntimeError("out of order")
 
     executor.submit = fail  # type: ignore[method-assign]
-    engine = Engine(executor, decode)
+    engine = Engine([(executor, None)], decode)
     engines.append(engine)
     answer = Asked(engine, Request([1], 3)).wait()
     assert answer.reason == "error"
@@ -246,7 +247,7 @@ def test_logits_that_are_no_numbers_end_one_stream_only(llama: Path, engines: li
         return logits
 
     executor._decoder = spoiled  # type: ignore[assignment]
-    engine = Engine(executor, decode)
+    engine = Engine([(executor, None)], decode)
     engines.append(engine)
     asked = [Asked(engine, Request(prompts()[n], 20, Sampling(temperature=0.0))) for n in (1, 3)]
     reasons = sorted(str(each.wait().reason) for each in asked)
@@ -256,7 +257,7 @@ def test_logits_that_are_no_numbers_end_one_stream_only(llama: Path, engines: li
 
 
 def test_a_callback_that_fails_harms_nobody_else(llama: Path, engines: list[Engine]) -> None:
-    engine = Engine(make_executor(llama), decode)
+    engine = Engine([(make_executor(llama), None)], decode)
     engines.append(engine)
 
     def fail(event: Event) -> None:
@@ -281,7 +282,7 @@ def test_without_stages_it_is_down_until_it_reconnects(llama: Path, engines: lis
             raise ServingError("no node is there")
         return others.pop()
 
-    engine = Engine(first, decode, recover=recover)
+    engine = Engine([(first, recover)], decode)
     engines.append(engine)
     answer = Asked(engine, Request(prompts()[1], 20)).wait()
     assert (answer.reason, answer.events[-1].error) == ("error", "no node is there")
@@ -298,7 +299,7 @@ def test_without_stages_it_is_down_until_it_reconnects(llama: Path, engines: lis
 
 def test_a_request_that_takes_too_long_is_given_up(llama: Path, engines: list[Engine]) -> None:
     executor = make_executor(llama, slots=1)
-    engine = Engine(executor, decode, timeout=0.2)
+    engine = Engine([(executor, None)], decode, timeout=0.2)
     engines.append(engine)
     submit = executor.submit
 
@@ -314,7 +315,7 @@ def test_a_request_that_takes_too_long_is_given_up(llama: Path, engines: list[En
 
 
 def test_closing_ends_what_is_under_way(llama: Path) -> None:
-    engine = Engine(make_executor(llama), decode)
+    engine = Engine([(make_executor(llama), None)], decode)
     answer = Asked(engine, Request([1], 90))
     assert answer.first.wait(30)
     engine.close()
@@ -327,13 +328,13 @@ def test_deterministic_answers_have_the_same_bits_whoever_else_asks(llama: Path,
 
     def answers(limit: int, order: Sequence[int], *, forgets: bool = False) -> dict[int, list[Any]]:
         executors = [make_executor(llama, limit, torch.float32, is_isolated=True) for _ in range(2)]
-        engine = Engine(executors[0], decode, recover=lambda _: executors[1], is_deterministic=True)
+        engine = Engine([(executors[0], lambda _: executors[1])], decode, is_deterministic=True)
         engines.append(engine)
         if forgets:
             lose_after(executors[0], 30)
         asked = {n: Asked(engine, Request(prompts()[n], 20, sampling)) for n in order}
         found = {n: [event.token for event in each.wait().events] for n, each in asked.items()}
-        assert engine.recoveries == forgets
+        assert engine.counts.recoveries == forgets
         return found
 
     alone = answers(1, [2, 4, 6, 1])
@@ -357,7 +358,7 @@ def lose_after(executor: CountingExecutor, count: int) -> None:
 def test_streams_go_on_with_another_executor(llama: Path, engines: list[Engine], count: int) -> None:
     first = make_executor(llama)
     lose_after(first, count)
-    engine = Engine(first, decode, recover=lambda _: make_executor(llama))
+    engine = Engine([(first, lambda _: make_executor(llama))], decode)
     engines.append(engine)
     greedy = Sampling(temperature=0.0)
     asked = [
@@ -367,4 +368,4 @@ def test_streams_go_on_with_another_executor(llama: Path, engines: list[Engine],
         wanted = expected(llama, prompt, 20, **(SAMPLED if n % 2 else {}))
         assert answer.wait().tokens == wanted
         assert answer.text == decode(wanted)
-    assert engine.recoveries == 1
+    assert engine.counts.recoveries == 1

@@ -15,9 +15,10 @@ from models.hf_folders import make_hf_folder
 from serving.test_engine import Asked, expected
 from smolcluster.config.schema import ServingConfig
 from smolcluster.errors import ConfigError, SmolError
-from smolcluster.run.serve import Layout, make_service
-from smolcluster.serving.engine import Request
+from smolcluster.run.serve import make_service
+from smolcluster.run.stages import Layout
 from smolcluster.serving.layer_store import LayerStore
+from smolcluster.serving.requests import Request
 from smolcluster.serving.sampling import Sampling
 from smolcluster.serving.service import Service
 
@@ -43,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def serve(folder: Path, stages: int, tmp_path: Path, split: tuple[int, ...] | None = None) -> Service:
-    layout = Layout(stages, split, patience=PATIENCE, logs=tmp_path)
+    layout = Layout(processes=stages, split=split, patience=PATIENCE, logs=tmp_path)
     return make_service(str(folder), ServingConfig(max_concurrent=4), dtype="fp64", layout=layout)
 
 
@@ -91,7 +92,7 @@ def test_a_stage_dies_and_every_stream_goes_on_with_the_same_tokens(
             os.kill(pid, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
             stopped.append(pid)
             assert [each.wait().tokens for each in asked] == answers
-        assert service.engine.recoveries >= 2
+        assert service.engine.counts.recoveries >= 2
         assert [each.wait().tokens for each in ask_all(service)] == answers
     finally:
         for pid in stopped:
@@ -117,9 +118,9 @@ def test_a_stage_that_dies_while_nobody_asks_is_noticed(folder: Path, answers: l
     try:
         os.kill(stage_processes()[0], signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while not service.engine.recoveries and time.monotonic() < deadline:
+        while not service.engine.counts.recoveries and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert service.engine.recoveries == 1
+        assert service.engine.counts.recoveries == 1
         service.engine.reconnect()
         assert [each.wait().tokens for each in ask_all(service)] == answers
     finally:
@@ -143,10 +144,12 @@ def test_damaged_weights_end_the_start_at_once(tmp_path: Path) -> None:
 def test_auto_is_the_dtype_whose_products_take_least(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from smolcluster.serving import layer_store
 
-    taken = {torch.float32: 2.0, torch.bfloat16: 1.0, torch.float16: 3.0}
+    taken = {"fp32": 2.0, "bf16": 1.0, "fp16": 3.0}
     with monkeypatch.context() as patch:
-        patch.setattr(layer_store, "_time_products", lambda config, dtype, device: taken[dtype])
+        patch.setattr(layer_store, "_time_products", lambda config, dtype, device: (taken[dtype], 1))
         assert LayerStore(folder, "auto").dtype == "bf16"
     measured = LayerStore(folder, "auto")
     assert measured.dtype in ("fp32", "bf16", "fp16")
-    assert 0 < layer_store._time_products(measured.config, torch.float32, torch.device("cpu")) < 10
+    machine = layer_store.measure_machine(measured.config, "int8", "cpu")
+    assert 1e7 < machine.bytes_per_s < 1e13
+    assert 1e8 < machine.free_bytes < 1e14

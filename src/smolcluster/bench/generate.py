@@ -22,8 +22,10 @@ from smolcluster.errors import ConfigError, ServingError
 from smolcluster.hub import import_extra, quiet_transformers
 from smolcluster.kinds import JsonObject
 from smolcluster.models.folder import model_folder
-from smolcluster.run.serve import Layout, make_service
-from smolcluster.serving.engine import Engine, Event, Request
+from smolcluster.run.serve import make_service
+from smolcluster.run.stages import Layout
+from smolcluster.serving.engine import Engine
+from smolcluster.serving.requests import Event, Request
 from smolcluster.serving.sampling import Sampling
 
 PAIRS = 7
@@ -71,7 +73,7 @@ def bench_generate(model: str, options: Options) -> JsonObject:
     if options.against not in (None, "hf"):
         raise ConfigError(f"--against {options.against} is unknown. Use hf, or leave it out")
     settings = ServingConfig(max_concurrent=options.streams, ctx_length=options.prompt + options.tokens)
-    service = make_service(model, settings, dtype=options.dtype, layout=Layout(options.local))
+    service = make_service(model, settings, dtype=options.dtype, layout=Layout(processes=options.local))
     try:
         generator = torch.Generator().manual_seed(0)
         sides: dict[str, Callable[[torch.Tensor], None]] = {

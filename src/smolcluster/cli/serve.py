@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
-from smolcluster.cli.train import ClusterFile, ConfigFiles, Local, Overrides, Preset, Quiet, say_to_stderr
+from smolcluster.cli.train import (
+    ClusterFile,
+    ConfigFiles,
+    Local,
+    Overrides,
+    Preset,
+    Quiet,
+    TokenFile,
+    say_to_stderr,
+)
 from smolcluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smolcluster.config.schema import ServingConfig
+    from smolcluster.config.schema import Config, ServingConfig
 
-LATER = "Comes in a later release."
 Model: TypeAlias = Annotated[
     str | None, typer.Option(metavar="FOLDER_OR_HF_ID", help="A Hugging Face folder, such as an export, or an id.")
 ]
@@ -28,10 +36,20 @@ def serve(
     model: Model = None,
     local: Local = None,
     cluster: ClusterFile = None,
+    hostname: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --cluster: this machine's name there. Default: the controller."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(metavar="mp|dp", help="mp: divide the layers; dp: replicas of all of them.")
+    ] = "mp",
     split: Annotated[str | None, typer.Option(metavar="6,5,1", help="Blocks of each stage.")] = None,
     dtype: DType = "fp32",
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen at; 0: any.", min=0, max=65535)] = 8080,
+    port: Annotated[
+        int | None,
+        typer.Option(help="The port to listen at; 0: any. Default: the cluster file's, or 8080.", min=0, max=65535),
+    ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A file with the key that clients have to send.")
     ] = None,
@@ -44,14 +62,33 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Answers do not depend on each other, to the last bit; slower.")
     ] = False,
+    token_file: TokenFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a language model over HTTP: OpenAI's API, server-sent events and WebSocket."""
-    _refuse_several(local, cluster)
-    settings = _settings(preset, config, override, max_concurrent, max_queue)
+    """Serve a language model over HTTP: OpenAI's API, server-sent events and WebSocket.
+
+    Over several machines: start it on each with the same --cluster FILE; but for the controller with --hostname NAME.
+    """
+    _check_places(local, cluster, hostname)
+    resolved = _config(preset, config, override, cluster, max_concurrent, max_queue)
+    settings, say = resolved.serving, say_to_stderr(quiet)
+    name = _model(model, settings)
+    blocks, kind = _blocks(split), _mode(mode)
+    from smolcluster.run.serve_machines import find_part, processes_of, told_split
+    from smolcluster.run.stage import StagePlace, serve_layers
+    from smolcluster.run.stages import Layout
+
+    part = None if cluster is None else find_part(resolved, hostname, token_file, say)
+    if isinstance(part, StagePlace):
+        serve_layers(part, name, device)
+    patience = resolved.cluster.patience
+    if part is None:
+        layout = Layout(kind, local or 1, blocks, patience, deterministic)
+    else:
+        told = told_split(resolved, part.hosts, blocks)
+        layout = Layout(kind, processes_of(resolved, part.hosts), told, patience, deterministic, machines=part)
     key = None if api_key_file is None else read_key(api_key_file)
     from smolcluster.run.serve import (
-        Layout,
         listen_http,
         load_server_extra,
         make_server,
@@ -63,16 +100,18 @@ def serve(
     load_server_extra()
     from smolcluster.serving.metrics import ServingMetrics
 
-    name = _model(model, settings)
     metrics = ServingMetrics(model_id(name))
-    listener = listen_http(host, port)
-    layout = Layout(local or 1, _blocks(split), is_deterministic=deterministic)
+    web = resolved.cluster.web_interface
+    listeners = [listen_http(host, port if port is not None else web.api_port)]
+    if web.frontend_port is not None and cluster is not None:
+        listeners.append(listen_http(host, web.frontend_port))
     service = make_service(name, settings, dtype=dtype, device=device, layout=layout, observer=metrics)
-    listener.listen()  # who connects from now on is answered
-    address = f"http://{host}:{listener.getsockname()[1]}"
-    say_to_stderr(quiet)(f"{service.model} is served at {address}; stop with Ctrl-C")
+    for listener in listeners:
+        listener.listen()  # who connects from now on is answered
+    address = f"http://{host}:{listeners[0].getsockname()[1]}"
+    say(f"{service.model} is served at {address}; stop with Ctrl-C")
     try:
-        run_server(make_server(service, host, key=key, metrics=metrics), listener)
+        run_server(make_server(service, host, key=key, metrics=metrics), listeners)
     finally:
         service.close()
 
@@ -93,12 +132,13 @@ def generate(
     device: Device = "cpu",
 ) -> None:
     """Let a language model write on, without a server."""
-    _refuse_several(local, None)
-    settings = _settings(preset, config, override, 1, None)
-    from smolcluster.run.serve import Layout, make_service, write_on
+    _check_places(local, None, None)
+    settings = _config(preset, config, override, None, 1, None).serving
+    from smolcluster.run.serve import make_service, write_on
+    from smolcluster.run.stages import Layout
     from smolcluster.serving.service import Wishes
 
-    layout = Layout(local or 1)
+    layout = Layout(processes=local or 1)
     service = make_service(_model(model, settings), settings, dtype=dtype, device=device, layout=layout)
     wishes = Wishes(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens)
     print(prompt, end="", flush=True)
@@ -107,18 +147,23 @@ def generate(
     print(rate, file=sys.stderr)
 
 
-def _settings(
+def _config(
     preset: str | None,
     config: list[Path] | None,
     override: list[str] | None,
+    cluster: Path | None,
     max_concurrent: int | None,
     max_queue: int | None,
-) -> ServingConfig:
+) -> Config:
     from smolcluster.config.load import load_config
 
-    settings = load_config(preset=preset, files=config or (), overrides=override or ()).config.serving
-    given = {"max_concurrent": max_concurrent, "max_queue": max_queue}
-    return settings.model_copy(update={name: value for name, value in given.items() if value is not None})
+    return load_config(
+        preset=preset,
+        files=config or (),
+        cluster_files=() if cluster is None else (cluster,),
+        overrides=override or (),
+        flags={"serving.max_concurrent": max_concurrent, "serving.max_queue": max_queue},
+    ).config
 
 
 def _model(model: str | None, settings: ServingConfig) -> str:
@@ -141,11 +186,21 @@ def read_key(file: Path) -> str:
     return key
 
 
-def _refuse_several(local: int | None, cluster: Path | None) -> None:
-    if cluster is not None:
-        raise ConfigError("a model over several machines comes in a later release. Leave out --cluster")
+def _check_places(local: int | None, cluster: Path | None, hostname: str | None) -> None:
+    if cluster is not None and local is not None:
+        raise ConfigError("--local is for this machine alone, and --cluster for several: give one of them")
+    if hostname is not None and cluster is None:
+        raise ConfigError(f"--hostname {hostname} is a name in a cluster file: give --cluster FILE with it")
     if local is not None and local < 1:
         raise ConfigError(f"--local {local}: give the number of stages, 1 or more")
+
+
+def _mode(mode: str) -> Literal["mp", "dp"]:
+    if mode == "mp":
+        return "mp"
+    if mode == "dp":
+        return "dp"
+    raise ConfigError(f"--mode {mode}: choose mp, which divides the layers, or dp, which has replicas")
 
 
 def _blocks(split: str | None) -> tuple[int, ...] | None:

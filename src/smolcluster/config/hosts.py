@@ -101,6 +101,51 @@ def roles(
     return tuple(sorted(found, key=lambda member: member.rank))
 
 
+@dataclass(frozen=True, slots=True)
+class ServingHosts:
+    """Who serves a model.
+
+    Attributes:
+        controller: the machine with engine and API.
+        has_layers: whether it computes as well.
+        nodes: the others, which compute, in order.
+    """
+
+    controller: Member
+    has_layers: bool
+    nodes: tuple[Member, ...]
+
+
+def serving_hosts(
+    config: Config, *, hostname: str | None = None, local_addresses: Collection[str] = ()
+) -> ServingHosts:
+    """Which machines serve: `serving.controller` without layers where it is set, else the server or rank 0 with them.
+
+    Args:
+        config: with the machines.
+        hostname, local_addresses: see `roles`.
+
+    Raises:
+        ConfigError: as `roles`; or the controller has no address, or nobody is left to compute.
+    """
+    name = config.serving.controller
+    found = roles(config, serves=True, hostname=hostname, local_addresses=local_addresses)
+    server = next(member for member in found if member.role == "server")
+    if name is None or name == server.name:
+        nodes = tuple(member for member in found if member is not server)
+        if not nodes and name is not None:
+            raise ConfigError(f"serving.controller is {name}, and there is no other machine to compute. Name one")
+        return ServingHosts(server, name is None, nodes)
+    if name not in config.cluster.host_ip:
+        known = ", ".join(config.cluster.host_ip)
+        raise ConfigError(f"serving.controller is {name}, which has no address in cluster.host_ip ({known})")
+    address = (config.cluster.host_ip[name], port_of(config.cluster, name))
+    hosts = tuple(host for host in _hosts(config, serves=True) if host.name != name)
+    nodes = tuple(Member(host.rank, host.name, "worker", ((host.ip, host.port),), address) for host in hosts)
+    _refuse_shared_addresses({name: (address,)} | {node.name: node.listens for node in nodes})
+    return ServingHosts(Member(0, name, "server", (address,)), False, nodes)
+
+
 def rank_count(config: Config) -> int:
     """Ranks of a run over the machines of the configuration; 1 where it does not say."""
     try:

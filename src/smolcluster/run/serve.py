@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import secrets
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from smolcluster.config.schema import ServingConfig
 from smolcluster.data.tokenizer import Tokenizer, load_tokenizer
 from smolcluster.device import prepare_process, resolve_device
-from smolcluster.errors import ConfigError, PeerLost, ServingError, SmolError
+from smolcluster.errors import ConfigError, ServingError
 from smolcluster.hub import import_extra
-from smolcluster.kinds import JsonValue
 from smolcluster.models.folder import model_folder, read_json
-from smolcluster.models.split import split_by_cost
-from smolcluster.run.stage import StageBootstrap
-from smolcluster.run.stage_processes import StageProcesses
+from smolcluster.run.stages import Layout, Stages
 from smolcluster.serving.chat_template import load_chat_template
-from smolcluster.serving.engine import Engine, Event, Observer
-from smolcluster.serving.executor import Executor, LocalExecutor
-from smolcluster.serving.layer_store import CacheSize, LayerStore
+from smolcluster.serving.engine import Engine
+from smolcluster.serving.layer_store import LayerStore
+from smolcluster.serving.replica import Observer
+from smolcluster.serving.requests import Event
 from smolcluster.serving.service import Service, Wishes
-from smolcluster.serving.stage_hub import StageHub
-from smolcluster.transport.base import Listener
-from smolcluster.transport.security import new_token
-from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen
 
 if TYPE_CHECKING:
     import uvicorn
@@ -48,32 +37,6 @@ logger = logging.getLogger(__name__)
 
 # For requests under way when the server is told to end.
 SHUTDOWN_SECONDS = 5
-# For the processes of this machine to import torch, and to come.
-START_SECONDS = 120.0
-# A context that is shorter is of no use.
-LEAST_LENGTH = 64
-# How long streams wait for a node to come back where none is left, in patiences.
-RETURN_PATIENCES = 12
-LOCALHOST = "127.0.0.1"
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Over how many processes a model is spread.
-
-    Attributes:
-        stages: processes of this machine, this one included.
-        split: blocks of each; None: by what they cost.
-        patience: seconds until a silent stage counts as lost.
-        is_deterministic: an answer does not depend on the others', to the last bit, nor on what dies meanwhile.
-        logs: folder for the stages' logs; None: they have none.
-    """
-
-    stages: int = 1
-    split: tuple[int, ...] | None = None
-    patience: float = 5.0
-    is_deterministic: bool = False
-    logs: Path | None = None
 
 
 def make_service(
@@ -104,38 +67,23 @@ def make_service(
     folder = model_folder(name, with_weights=True, key="--model")
     resolved = str(resolve_device(device, key="--device"))
     store = LayerStore(folder, dtype, resolved, is_deterministic=layout.is_deterministic)
-    dtype = store.dtype
     tokenizer = load_tokenizer(str(folder))
-    longest = store.config.max_positions
-    size = _cache_size(store, settings, longest)
 
     def decode(tokens: Sequence[int]) -> str:
         return tokenizer.decode(torch.tensor(tokens, dtype=torch.int64))
 
     with contextlib.ExitStack() as undo:
-        recover: Callable[[SmolError], Executor] | None = None
-        executor: Executor
-        split: Callable[[], JsonValue]
-        if layout.stages == 1:
-            split = partial(_blocks_of, store, [range(store.layers)])
-            if layout.split is not None:
-                _plan(store, layout.split, 1)
-            executor = LocalExecutor(store.decoder(range(store.layers), size))
-        else:
-            stages = undo.enter_context(contextlib.closing(LocalStages(folder, store, size, dtype, resolved, layout)))
-            executor, recover, split = stages.chain(), stages.recover, stages.blocks
+        stages = undo.enter_context(contextlib.closing(Stages(folder, store, settings, resolved, layout)))
         engine = Engine(
-            executor,
+            stages.executors,
             decode,
-            recover=recover,
             max_queue=settings.max_queue,
             is_deterministic=layout.is_deterministic,
             timeout=settings.timeout,
             observer=observer,
         )
         undo.callback(engine.close)
-        if layout.stages > 1:
-            undo.callback(stages.stop)
+        undo.callback(stages.stop)
         service = Service(
             engine,
             tokenizer,
@@ -143,131 +91,11 @@ def make_service(
             settings,
             vocab_size=store.config.vocab_size,
             model=model_id(name),
-            describe=lambda: {"mode": "mp", "dtype": dtype, "split": split()},
+            describe=lambda: {"dtype": store.dtype, **stages.describe()},
             stop_tokens=_stop_tokens(folder, tokenizer),
             close=undo.pop_all().close,
         )
     return service
-
-
-class LocalStages:
-    """A model over several processes of this machine, of which this one has the engine and the first layers."""
-
-    def __init__(
-        self, folder: Path, store: LayerStore, size: CacheSize, dtype: str, device: str, layout: Layout
-    ) -> None:
-        """Start the other processes; blocks until they are there."""
-        self._store, self._layout = store, layout
-        self._split = _plan(store, layout.split, layout.stages)
-        token, run_id = new_token(), secrets.token_hex(8)
-        tcp = TcpOptions(layout.patience, shared_memory=False)
-        door = listen(LOCALHOST, 0, token=token, run_id=run_id, rank=0, options=tcp)
-        options = {"model": folder.name, "dtype": dtype}
-
-        def listen_here(rank: int, run: str) -> Listener:
-            return listen(LOCALHOST, 0, token=token, run_id=run, rank=rank, options=tcp)
-
-        self._hub = StageHub(
-            door,
-            listen_here,
-            TcpNetwork(token, tcp),
-            store,
-            size,
-            self._plan,
-            name="stage0",
-            patience=layout.patience,
-            options=options,
-        )
-        self._processes = StageProcesses(
-            StageBootstrap(
-                rank=number,
-                name=f"stage{number}",
-                host=LOCALHOST,
-                controller=door.address,
-                token=token.hex(),
-                run_id=run_id,
-                model=folder.absolute(),
-                dtype=dtype,
-                device=device,
-                is_deterministic=layout.is_deterministic,
-                patience=layout.patience,
-                options=options,
-                log=None if layout.logs is None else layout.logs.absolute() / f"stage{number}.log",
-            )
-            for number in range(1, layout.stages)
-        )
-        try:
-            self._processes.wait_for(lambda: len(self._hub.nodes()) == layout.stages - 1, START_SECONDS)
-        except BaseException:
-            self.close()
-            raise
-
-    def chain(self) -> Executor:
-        """Of all stages."""
-        return self._hub.chain(self._layout.stages, timeout=START_SECONDS, needs_all=True)
-
-    def recover(self, error: SmolError) -> Executor:
-        """Of those that are left."""
-        lost = []
-        if isinstance(error, PeerLost) and 0 < error.rank < len(self._hub.stages):
-            lost = [self._hub.stages[error.rank][0]]
-        return self._hub.chain(self._layout.stages, without=lost, timeout=RETURN_PATIENCES * self._layout.patience)
-
-    def _plan(self, stages: int) -> Sequence[range]:
-        return self._split if stages == self._layout.stages else _plan(self._store, None, stages)
-
-    def blocks(self) -> JsonValue:
-        """How many each stage has, in order."""
-        return _blocks_of(self._store, [layers for _, layers in self._hub.stages])
-
-    def stop(self) -> None:
-        """Put no stages together any more."""
-        self._hub.stop()
-
-    def close(self) -> None:
-        """Let the stages go, and end their processes; blocks."""
-        self._hub.close()
-        self._processes.close()
-
-
-def _plan(store: LayerStore, blocks: Sequence[int] | None, stages: int) -> list[range]:
-    """The layers of each stage."""
-    layers, costs = store.layers, store.costs()
-    if blocks is None:
-        times = [cost.time for cost in costs]
-        return split_by_cost([times] * stages, [cost.parameters for cost in costs])
-    if len(blocks) != stages or sum(blocks) != layers - 2 or min(blocks) < 0:
-        raise ConfigError(
-            f"--split {','.join(map(str, blocks))}: the model has {layers - 2} blocks, so give {stages} numbers that "
-            "add up to that"
-        )
-    edges = [0] + [1 + sum(blocks[:number]) for number in range(1, stages)] + [layers]
-    return [range(begin, end) for begin, end in itertools.pairwise(edges)]
-
-
-def _blocks_of(store: LayerStore, stages: Sequence[range]) -> JsonValue:
-    """How many blocks each stage has."""
-    return [len(range(max(layers.start, 1), min(layers.stop, store.layers - 1))) for layers in stages]
-
-
-def _cache_size(store: LayerStore, settings: ServingConfig, longest: int) -> CacheSize:
-    """Keys and values of all slots are to take half of the free memory at most, all stages together.
-
-    Raises:
-        ConfigError: a context of `serving.ctx_length` tokens takes more.
-    """
-    slots = settings.max_concurrent
-    room = psutil.virtual_memory().available // 2 // (slots * store.bytes_per_position())
-    length = min(settings.ctx_length or longest, longest)
-    if length <= room:
-        return CacheSize(slots, length)
-    if settings.ctx_length is not None or room < LEAST_LENGTH:
-        raise ConfigError(
-            f"{slots} contexts of {length} tokens do not fit into half of the free memory; {room} tokens each would. "
-            "Set serving.ctx_length or serving.max_concurrent lower"
-        )
-    logger.warning("the context is cut from %d to %d tokens, so that %d fit into memory", length, room, slots)
-    return CacheSize(slots, room)
 
 
 def _stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
@@ -341,12 +169,12 @@ def make_server(service: Service, host: str, *, key: str | None, metrics: Servin
     return made
 
 
-def run_server(server: uvicorn.Server, listener: socket.socket) -> None:
+def run_server(server: uvicorn.Server, listeners: list[socket.socket]) -> None:
     """Answer until SIGINT or SIGTERM; then until what is under way has ended, SHUTDOWN_SECONDS at most. Blocks."""
     # uvicorn handles these while it serves, and raises them once more when it has ended: then they are done with.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _pass)
-    server.run(sockets=[listener])
+    server.run(sockets=listeners)
 
 
 def _pass(number: int, frame: object) -> None:

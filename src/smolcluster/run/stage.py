@@ -1,22 +1,30 @@
-"""The process of one stage of a served model: `python -m smolcluster.run.stage`, started by `serve --local N`.
+"""A process that computes layers of a served model: one that `serve --local N` starts, or a machine of a cluster file.
 
-Its bootstrap comes as a line on standard input (see parent.py); at end-of-file the parent is gone, and so is it.
+The first kind is `python -m smolcluster.run.stage`: its bootstrap comes as a line on standard input (see parent.py); at
+end-of-file the parent is gone, and so is it.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import os
 import secrets
+import signal
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import BaseModel
 
 from smolcluster.cluster.sessions import Newcomer, join_session
-from smolcluster.device import prepare_process
+from smolcluster.device import prepare_process, resolve_device
 from smolcluster.errors import SmolError
 from smolcluster.log import log_to_file
+from smolcluster.models.folder import CONFIG, model_folder
 from smolcluster.run.parent import ParentLink
 from smolcluster.serving.layer_store import LayerStore
 from smolcluster.serving.node import StageNode
@@ -40,7 +48,7 @@ class StageBootstrap(BaseModel):
         token: the cluster token, in hexadecimal.
         run_id: what the nodes have in common before they talk.
         model: the model's folder.
-        dtype, device, is_deterministic: of its layers.
+        device: where it computes.
         patience: seconds until a silent node counts as lost.
         options: what must be equal on all nodes.
         log: where it logs; None: nowhere.
@@ -53,46 +61,98 @@ class StageBootstrap(BaseModel):
     token: str
     run_id: str
     model: Path
-    dtype: str
     device: str
-    is_deterministic: bool
     patience: float
     options: dict[str, str]
     log: Path | None = None
 
 
-def run_node(bootstrap: StageBootstrap) -> None:
-    """Serve as a stage for as long as the controller is there. Blocks.
+@dataclass(frozen=True, slots=True)
+class StagePlace:
+    """Where a node is, and where its controller is.
+
+    Attributes:
+        rank, name: of the node; ranks begin with 1.
+        host, port: where it listens for other stages; port 0: any.
+        controller: the address that it joins.
+        token: of the cluster.
+        run_id: what the nodes have in common before they talk.
+        tcp: how this machine's sockets are set up.
+    """
+
+    rank: int
+    name: str
+    host: str
+    port: int
+    controller: str
+    token: bytes
+    run_id: str
+    tcp: TcpOptions
+
+
+def node_options(folder: Path) -> dict[str, str]:
+    """What must be equal where a model is served together: what kind of model it is, wherever its folder lies."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()[:12]
+    return {"the model's config.json": digest}
+
+
+def run_stages_of(place: StagePlace, folder: Path, device: str, options: Mapping[str, str]) -> NoReturn:
+    """Compute layers for as long as the controller is there. Blocks.
+
+    Args:
+        place: where this node is.
+        folder: the model's.
+        device: where to compute.
+        options: what must be equal on all nodes.
 
     Raises:
-        ConfigError: the model cannot be served here, or the controller refused this node.
+        ConfigError: the controller refused this node.
         RendezvousTimeout: there is no controller.
     """
-    prepare_process()
-    token = bytes.fromhex(bootstrap.token)
-    store = LayerStore(bootstrap.model, bootstrap.dtype, bootstrap.device, is_deterministic=bootstrap.is_deterministic)
-    options = TcpOptions(bootstrap.patience, shared_memory=False)
-    network = TcpNetwork(token, options)
-    newcomer = Newcomer(bootstrap.rank, bootstrap.name, secrets.token_hex(8), f"tcp://{bootstrap.host}:0")
+    network, patience = TcpNetwork(place.token, place.tcp), place.tcp.patience
+    newcomer = Newcomer(place.rank, place.name, secrets.token_hex(8), f"tcp://{place.host}:{place.port}")
 
     def listen_here(rank: int, run_id: str) -> Listener:
-        return listen(bootstrap.host, 0, token=token, run_id=run_id, rank=rank, options=options)
+        return listen(place.host, place.port, token=place.token, run_id=run_id, rank=rank, options=place.tcp)
+
+    @functools.lru_cache(maxsize=1)  # what has been read is kept
+    def open_store(dtype: str, is_deterministic: bool) -> LayerStore:
+        return LayerStore(folder, dtype, device, is_deterministic=is_deterministic)
 
     while True:
         session = join_session(
             newcomer,
             network,
-            lambda: bootstrap.controller,
-            run_id=bootstrap.run_id,
-            patience=bootstrap.patience,
-            timeout=JOIN_PATIENCES * bootstrap.patience,
-            options=bootstrap.options,
+            lambda: place.controller,
+            run_id=place.run_id,
+            patience=patience,
+            timeout=JOIN_PATIENCES * patience,
+            options=options,
         )
         try:
-            error = StageNode(session, listen_here, network, store, bootstrap.patience).run()
+            error = StageNode(session, listen_here, network, open_store, device, patience).run()
         finally:
             session.close()
         logger.warning("session over, joining again reason=%s", error)
+
+
+def serve_layers(place: StagePlace, name: str, device: str) -> NoReturn:
+    """Be a node of a cluster file until SIGINT or SIGTERM; see run_stages_of.
+
+    Args:
+        place: where this node is.
+        name: the model's folder here, or its Hugging Face id.
+        device: where to compute.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    prepare_process()
+    folder = model_folder(name, with_weights=True, key="--model")
+    resolved = str(resolve_device(device, key="--device"))
+    run_stages_of(place, folder, resolved, node_options(folder))
 
 
 def main() -> None:
@@ -102,7 +162,18 @@ def main() -> None:
     if bootstrap.log is not None:
         log_to_file(bootstrap.log)
     try:
-        run_node(bootstrap)
+        prepare_process()
+        place = StagePlace(
+            bootstrap.rank,
+            bootstrap.name,
+            bootstrap.host,
+            0,
+            bootstrap.controller,
+            bytes.fromhex(bootstrap.token),
+            bootstrap.run_id,
+            TcpOptions(bootstrap.patience, shared_memory=False),
+        )
+        run_stages_of(place, bootstrap.model, bootstrap.device, bootstrap.options)
     except SmolError as error:
         sys.stderr.write(f"error: {bootstrap.name}: {error}\n")
         sys.stderr.flush()

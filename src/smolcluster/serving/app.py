@@ -22,8 +22,6 @@ from starlette.exceptions import HTTPException
 
 from smolcluster.errors import ServingError, SmolError
 from smolcluster.kinds import JsonObject
-from smolcluster.serving.engine import ContextOverflow, QueueFull, Unavailable
-from smolcluster.serving.engine import Request as EngineRequest
 from smolcluster.serving.guard import Guard
 from smolcluster.serving.metrics import CONTENT_TYPE, ServingMetrics
 from smolcluster.serving.openai import (
@@ -36,6 +34,8 @@ from smolcluster.serving.openai import (
     error_body,
     usage,
 )
+from smolcluster.serving.requests import ContextOverflow, QueueFull, Unavailable
+from smolcluster.serving.requests import Request as EngineRequest
 from smolcluster.serving.sampling import Sampled
 from smolcluster.serving.service import Answer, Service
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from smolcluster.errors import ConfigError
@@ -14,8 +15,7 @@ from smolcluster.models.decoder import Decoder
 from smolcluster.models.decoder_config import FAMILIES, DecoderConfig, read_decoder_config
 from smolcluster.models.decoder_files import DecoderLoader
 from smolcluster.models.folder import read_config
-from smolcluster.models.linear import WeightKind
-from smolcluster.models.split import LayerCost
+from smolcluster.models.linear import WeightKind, make_linear
 from smolcluster.models.tensor_files import TensorFiles
 
 # --dtype: of weights and activations, and what matrices are kept as.
@@ -44,32 +44,78 @@ class CacheSize:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the host of a stage can do.
+
+    Attributes:
+        bytes_per_s: how fast it reads weights while it multiplies with them, which is how fast it writes tokens.
+        free_bytes: of memory, for weights, keys and values.
+    """
+
+    bytes_per_s: float = 1.0
+    free_bytes: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBytes:
+    """What a layer costs.
+
+    Attributes:
+        read: bytes of weights that a token reads.
+        held: bytes of weights, keys and values.
+    """
+
+    read: float
+    held: float
+
+
 def fastest_dtype(config: DecoderConfig, device: str) -> str:
     """The floating-point dtype in which this machine computes a token's products fastest; blocks for a second or two.
 
     Half the bytes are not always half the time: many processors convert bfloat16 and float16 number by number.
     """
-    seconds = {name: _time_products(config, DTYPES[name][0], torch.device(device)) for name in _TIMED}
+    seconds = {name: _time_products(config, name, torch.device(device))[0] for name in _TIMED}
     return min(seconds, key=lambda name: seconds[name])
 
 
-def _time_products(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Of one row with matrices of the model's feed-forward layers; inf: this device has no such products."""
+def measure_machine(config: DecoderConfig, dtype: str, device: str) -> Machine:
+    """What this machine can do with weights of this dtype; blocks for a second."""
+    seconds, read = _time_products(config, dtype, torch.device(device))
+    own = psutil.Process().memory_info().rss  # layers of an earlier session among it, which will be used again
+    free = psutil.virtual_memory().available + own
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    return Machine(read / seconds, float(free))
+
+
+def _time_products(config: DecoderConfig, dtype: str, device: torch.device) -> tuple[float, int]:
+    """Of one row with matrices of the model's feed-forward layers: seconds, and bytes that are read for it.
+
+    Seconds are inf where this device has no such products.
+    """
+    activations, kind = DTYPES[dtype]
     matrix = torch.randn(config.ff_dim, config.model_dim, dtype=torch.float32)
     copies = max(1, _TIMED_BYTES // (matrix.numel() * 4))
-    x = torch.randn(1, config.model_dim).to(device, dtype)
+    x = torch.randn(1, config.model_dim).to(device, activations)
     try:
-        weights = [matrix.to(device, dtype, copy=True) for _ in range(copies)]
+        products = [make_linear(matrix.to(device, activations, copy=True), None, kind) for _ in range(copies)]
         rounds = []
         for _ in range(_TIMED_ROUNDS):
             began = time.perf_counter()
-            for weight in weights:
-                out = torch.nn.functional.linear(x, weight)
+            for product in products:
+                out = product(x)
             out.sum().item()  # waits for a GPU
             rounds.append(time.perf_counter() - began)
     except RuntimeError:
-        return math.inf
-    return min(rounds)
+        return math.inf, 0
+    return min(rounds), copies * matrix.numel() * _weight_bytes(dtype)
+
+
+def _weight_bytes(dtype: str) -> int:
+    """Of one number of a matrix."""
+    activations, kind = DTYPES[dtype]
+    return activations.itemsize if kind == "plain" else 1
 
 
 class LayerStore:
@@ -99,6 +145,7 @@ class LayerStore:
             )
         self.config: DecoderConfig = config
         self.dtype = fastest_dtype(config, device) if dtype == "auto" else dtype
+        self.is_deterministic = is_deterministic
         self._folder = folder
         activations, kind = DTYPES[self.dtype]
         self._itemsize = activations.itemsize
@@ -109,17 +156,19 @@ class LayerStore:
         """How many there are, entry and exit included."""
         return self.config.num_layers + 2
 
-    def costs(self) -> list[LayerCost]:
-        """Of each layer: what a token takes, and what has to be held; by sizes alone."""
+    def costs(self, size: CacheSize) -> list[LayerBytes]:
+        """Of each layer, with caches of this size."""
         config = self.config
         width, ff = config.model_dim, config.ff_dim * (1 if config.is_gpt2 else 2)
         attention = (config.num_heads + 2 * config.kv_heads) * config.head_dim + config.num_heads * config.head_dim
-        block = width * (attention + ff + config.ff_dim)
+        block = width * (attention + ff + config.ff_dim) * _weight_bytes(self.dtype)
+        cache = size.slots * size.length * self.bytes_per_position() // config.num_layers
         embedding = config.vocab_size * width
+        positions = config.max_positions * width if config.is_gpt2 else 0
         return [
-            LayerCost(1.0, embedding + (config.max_positions * width if config.is_gpt2 else 0)),
-            *[LayerCost(block, block)] * config.num_layers,
-            LayerCost(embedding, embedding),
+            LayerBytes(width * self._itemsize, (embedding + positions) * self._itemsize),  # one row is read
+            *[LayerBytes(block, block + cache)] * config.num_layers,
+            LayerBytes(*[embedding * _weight_bytes(self.dtype)] * 2),
         ]
 
     def bytes_per_position(self) -> int:

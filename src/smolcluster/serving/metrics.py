@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from smolcluster.serving.engine import Engine, Observer
+from smolcluster.serving.engine import Engine
+from smolcluster.serving.replica import Observer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -67,7 +68,7 @@ class ServingMetrics(Observer):
             ("generation_tokens", "Tokens of answers.", counts.answer_tokens),
             ("prefix_cache_queries", "Tokens of prompts that were looked for in the slots.", counts.prompt_tokens),
             ("prefix_cache_hits", "Tokens that were there and not computed again.", counts.reused_tokens),
-            ("recoveries", "Times that the stages were put together anew.", engine.recoveries),
+            ("recoveries", "Times that the stages were put together anew.", counts.recoveries),
         )
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(f"smolcluster:{name}", text, labels=["model_name"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -14,12 +15,15 @@ from smolcluster.collectives.direct import DirectRing
 from smolcluster.errors import FrameError, ServingError, SmolError
 from smolcluster.kinds import JsonObject
 from smolcluster.models.decoder import Decoder
-from smolcluster.serving.layer_store import CacheSize, LayerStore
-from smolcluster.serving.stage_hub import MEET_PATIENCES, Listen
+from smolcluster.serving.layer_store import CacheSize, LayerStore, measure_machine
+from smolcluster.serving.stage_group import MEET_PATIENCES, Listen
 from smolcluster.serving.stage_server import run_stage
 from smolcluster.transport.base import Listener, Network
 
 logger = logging.getLogger(__name__)
+
+# The model in some dtype, deterministic or not.
+OpenStore = Callable[[str, bool], LayerStore]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class _Assignment:
     rank: int
     layers: range
     size: CacheSize
+    dtype: str
+    is_deterministic: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +49,24 @@ class _Ready:
 class StageNode:
     """One session's work. `run` returns when the session is over."""
 
-    def __init__(self, session: World, listen: Listen, network: Network, store: LayerStore, patience: float) -> None:
+    def __init__(
+        self, session: World, listen: Listen, network: Network, open_store: OpenStore, device: str, patience: float
+    ) -> None:
         """Args:
         session: with the controller.
         listen: opens where the other stages of a chain connect.
         network: how to dial.
-        store: the model.
+        open_store: the model.
+        device: where to compute.
         patience: seconds until a silent stage counts as lost.
         """
         self._session, self._listen, self._network = session, listen, network
-        self._store, self._patience = store, patience
+        self._open_store, self._device, self._patience = open_store, device, patience
         self._news: SimpleQueue[tuple[str, JsonObject]] = SimpleQueue()
         self._lock = threading.Lock()
         self._world: World | None = None
         self._generation = 0
+        session.on("measure", lambda _, message: self._told("measure", message))
         session.on("assign", lambda _, message: self._told("assign", message))
         session.on("meet", lambda _, message: self._told("meet", message))
         session.on_failure(lambda error: self._told("end", {}))
@@ -71,6 +81,8 @@ class StageNode:
                 ready = None
             if kind == "end":
                 return self._session.error()
+            if kind == "measure":
+                self._measure(str(message.get("dtype")))
             if kind == "assign":
                 assigned = _read_assignment(message)
                 if assigned.generation == self._generation:  # nothing newer is known yet
@@ -89,10 +101,22 @@ class StageNode:
                 self._world.abort(FrameError("the controller has begun another chain"))
         self._news.put((kind, message))
 
+    def _measure(self, dtype: str) -> None:
+        try:
+            config = self._open_store(dtype, False).config
+            machine = measure_machine(config, dtype, self._device)
+        except (SmolError, MemoryError, RuntimeError) as error:
+            logger.error("not measured reason=%s", error)
+            self._session.send(SERVER, "failed", {"generation": 0, "reason": str(error)[:1000]})
+            return
+        answer: JsonObject = {"bytes_per_s": machine.bytes_per_s, "free_bytes": int(machine.free_bytes)}
+        self._session.send(SERVER, "machine", answer)
+
     def _prepare(self, assigned: _Assignment) -> _Ready | None:
         generation = assigned.generation
         try:
-            decoder = self._store.decoder(assigned.layers, assigned.size)
+            store = self._open_store(assigned.dtype, assigned.is_deterministic)
+            decoder = store.decoder(assigned.layers, assigned.size)
             listener = self._listen(assigned.rank, assigned.run_id)
         except (SmolError, MemoryError, RuntimeError) as error:
             logger.error("layers not read reason=%s", error)
@@ -153,8 +177,11 @@ def _read_assignment(message: JsonObject) -> _Assignment:
             "layers": [int(start), int(stop)],
             "slots": int(slots),
             "length": int(length),
+            "dtype": str(dtype),
+            "is_deterministic": bool(is_deterministic),
         }:
-            return _Assignment(generation, run_id, rank, range(start, stop), CacheSize(slots, length))
+            size = CacheSize(slots, length)
+            return _Assignment(generation, run_id, rank, range(start, stop), size, dtype, is_deterministic)
     raise FrameError("the controller sent an assignment that cannot be read")
 
 

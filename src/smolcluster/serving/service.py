@@ -17,7 +17,8 @@ from smolcluster.data.tokenizer import Tokenizer
 from smolcluster.errors import ServingError
 from smolcluster.kinds import JsonObject
 from smolcluster.serving.chat_template import ChatTemplate, Message
-from smolcluster.serving.engine import ContextOverflow, Engine, Event, Request
+from smolcluster.serving.engine import Engine
+from smolcluster.serving.requests import ContextOverflow, Event, Request
 from smolcluster.serving.sampling import Sampling
 
 Strategy = Literal["greedy", "sampling", "top_p", "top_k"]

@@ -29,6 +29,11 @@ class Slots:
         """How many are not."""
         return self._number - len(self._kept)
 
+    def reusable(self, tokens: Sequence[int]) -> int:
+        """How many of a sequence's first tokens lie in a free slot; 0: too few to matter."""
+        most = max((_common(kept, tokens) for kept in self._kept.values()), default=0)
+        return most if most >= LEAST_REUSED else 0
+
     def acquire(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Take a slot for a sequence.
 
