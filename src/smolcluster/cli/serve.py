@@ -58,23 +58,26 @@ def serve(
         make_service,
         model_id,
         run_server,
+        sessions_file,
     )
 
     load_server_extra()
     from smolcluster.serving.metrics import ServingMetrics
+    from smolcluster.serving.sessions import SessionStore
 
     name = _model(model, settings)
     metrics = ServingMetrics(model_id(name))
     listener = listen_http(host, port)
     layout = Layout(local or 1, _blocks(split), is_deterministic=deterministic)
-    service = make_service(name, settings, dtype=dtype, device=device, layout=layout, observer=metrics)
-    listener.listen()  # who connects from now on is answered
-    address = f"http://{host}:{listener.getsockname()[1]}"
-    say_to_stderr(quiet)(f"{service.model} is served at {address}; stop with Ctrl-C")
-    try:
-        run_server(make_server(service, host, key=key, metrics=metrics), listener)
-    finally:
-        service.close()
+    with SessionStore(sessions_file(settings, model_id(name))) as store:
+        service = make_service(name, settings, dtype=dtype, device=device, layout=layout, observer=metrics)
+        listener.listen()  # who connects from now on is answered
+        address = f"http://{host}:{listener.getsockname()[1]}"
+        say_to_stderr(quiet)(f"{service.model} is served at {address}; stop with Ctrl-C")
+        try:
+            run_server(make_server(service, host, key=key, metrics=metrics, store=store), listener)
+        finally:
+            service.close()
 
 
 def generate(

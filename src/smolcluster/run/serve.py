@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
+import re
 import secrets
 import signal
 import socket
@@ -36,13 +38,14 @@ from smolcluster.serving.layer_store import CacheSize, LayerStore
 from smolcluster.serving.service import Service, Wishes
 from smolcluster.serving.stage_hub import StageHub
 from smolcluster.transport.base import Listener
-from smolcluster.transport.security import new_token
+from smolcluster.transport.security import new_token, user_folder
 from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen
 
 if TYPE_CHECKING:
     import uvicorn
 
     from smolcluster.serving.metrics import ServingMetrics
+    from smolcluster.serving.sessions import SessionStore
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ LEAST_LENGTH = 64
 # How long streams wait for a node to come back where none is left, in patiences.
 RETURN_PATIENCES = 12
 LOCALHOST = "127.0.0.1"
+# Of a model's id in a file's name: letters may take four bytes each, and names have 255.
+_NAME_CHARACTERS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +319,19 @@ def load_server_extra() -> None:
         import_extra(module, "smolcluster serve", "serve")
 
 
-def make_server(service: Service, host: str, *, key: str | None, metrics: ServingMetrics) -> uvicorn.Server:
+def sessions_file(settings: ServingConfig, model: str) -> Path:
+    """Where the conversations with a model are kept."""
+    if settings.sessions_file is not None:
+        return Path(settings.sessions_file).expanduser()
+    name = re.sub(r"[^\w.-]", "_", model)[:_NAME_CHARACTERS]
+    if name != model:  # another model's name may be the same now
+        name += "-" + hashlib.sha256(model.encode(errors="replace")).hexdigest()[:8]
+    return user_folder() / "sessions" / f"{name}.sqlite"
+
+
+def make_server(
+    service: Service, host: str, *, key: str | None, metrics: ServingMetrics, store: SessionStore | None = None
+) -> uvicorn.Server:
     """What answers HTTP requests; its `run` blocks until it is told to exit.
 
     Args:
@@ -322,13 +339,16 @@ def make_server(service: Service, host: str, *, key: str | None, metrics: Servin
         host: the name or address that it listens at.
         key: what clients have to send; None: nothing.
         metrics: what `GET /metrics` tells; it watches the service's engine from now on.
+        store: keeps the sessions; closed when `run` ends. None: they are kept in memory.
     """
     server = import_extra("uvicorn", "smolcluster serve", "serve")
     from smolcluster.serving.app import make_app
+    from smolcluster.serving.conversations import Conversations
     from smolcluster.serving.guard import MAX_BODY_BYTES, Guard
 
     hosts = {"localhost", "127.0.0.1", "::1", host, socket.gethostname()}
-    app = make_app(service, Guard(hosts, key), metrics)
+    conversations = None if store is None else Conversations(service, store)
+    app = make_app(service, Guard(hosts, key), metrics, conversations)
     metrics.watch(service.engine)
     config = server.Config(
         app,
