@@ -93,11 +93,13 @@ def test_generate_writes_the_same_text_in_one_process_and_in_stages(model: Path)
         (("serve", "--model", "MODEL", "--split", "a,b"), "6,5,1"),
         (("serve", "--model", "MODEL", "--host", "192.0.2.1"), "192.0.2.1"),
         (("serve", "--model", "MODEL", "--api-key-file", "/nowhere"), "/nowhere"),
+        (("serve", "--model", "MODEL", "--override", "serving.sessions_file=MODEL"), "serving.sessions_file"),
+        (("serve", "--model", "MODEL", "--override", "serving.sessions_file=MODEL/config.json"), "not a database"),
         (("chat", "--url", "ftp://x"), "--url"),
     ],
 )
 def test_mistakes_end_with_2_and_say_what_to_do(model: Path, arguments: tuple[object, ...], says: str) -> None:
-    done = run(*(model if argument == "MODEL" else argument for argument in arguments))
+    done = run(*(str(argument).replace("MODEL", str(model)) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert says in done.stderr

@@ -38,7 +38,7 @@ CANONICAL = {
     "num_nodes num_layers model_name web_interface compression bucket_bytes patience min_ranks shares "
     "layer_distribution tls shared_memory interface ssh",
     "serving": "hf_model_name weights_model_name num_nodes num_layers max_new_tokens ctx_length "
-    "active_decoding_strategy decoding_strategies timeout max_concurrent max_queue resume_s controller",
+    "active_decoding_strategy decoding_strategies timeout max_concurrent max_queue resume_s sessions_file controller",
 }
 
 

@@ -8,47 +8,23 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from models.hf_folders import trained_folder
-from smolcluster.config.schema import ServingConfig
-from smolcluster.run.serve import listen_http, make_server, make_service
-from smolcluster.serving.metrics import ServingMetrics
+from serving.servers import MODEL, ask, serving, slow_down
 from smolcluster.serving.service import Service
 
 openai = pytest.importorskip("openai")
 client_of = pytest.importorskip("websockets.sync.client")
-MODEL = "stories260K-hf"
 KEY = "a-key-for-tests"
 
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
     return trained_folder(MODEL)
-
-
-@contextmanager
-def serving(folder: Path, *, key: str | None = None, **settings: Any) -> Iterator[tuple[Service, int]]:
-    """A server in this process, on a port of its own."""
-    metrics = ServingMetrics(MODEL)
-    service = make_service(str(folder), ServingConfig(**settings), dtype="fp32", observer=metrics)
-    listener = listen_http("127.0.0.1", 0)
-    server = make_server(service, "127.0.0.1", key=key, metrics=metrics)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield service, listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        service.close()
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +42,6 @@ def port(served: tuple[Service, int]) -> int:
 def client(port: int) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0) as found:
         yield found
-
-
-def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    given = {"Content-Type": "application/json"} if raw is not None else {}
-    given |= {name.replace("_", "-"): value for name, value in headers.items()}
-    try:
-        connection.request(method, path, raw, given)
-        response = connection.getresponse()
-        content = response.read()
-    finally:
-        connection.close()
-    kind = response.headers.get_content_type()
-    return response.status, dict(response.headers), json.loads(content) if kind == "application/json" else content
 
 
 def ask_in_pieces(port: int, nbytes: int) -> int:
@@ -241,14 +202,7 @@ def test_chat_events(port: int) -> None:
 def test_times_begin_with_the_request_and_are_the_engines(folder: Path, path: str) -> None:
     """With 30 ms a step: the first token is there after one, and nine more take nine."""
     with serving(folder, max_concurrent=1) as (service, port):
-        executor: Any = service.engine.replicas[0]._executor
-        submit = executor.submit
-
-        def slow(batch: Any) -> None:
-            time.sleep(0.03)
-            submit(batch)
-
-        executor.submit = slow
+        slow_down(service, 0.03)
         body = {"id": "a", "text": "Tom", "max_tokens": 10, "temperature": 0}
         if path == "chat":
             content = ask(port, "POST", "/chat", body)[2].decode()

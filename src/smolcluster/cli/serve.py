@@ -95,25 +95,28 @@ def serve(
         make_service,
         model_id,
         run_server,
+        sessions_file,
     )
 
     load_server_extra()
     from smolcluster.serving.metrics import ServingMetrics
+    from smolcluster.serving.sessions import SessionStore
 
     metrics = ServingMetrics(model_id(name))
     web = resolved.cluster.web_interface
     listeners = [listen_http(host, port if port is not None else web.api_port)]
     if web.frontend_port is not None and cluster is not None:
         listeners.append(listen_http(host, web.frontend_port))
-    service = make_service(name, settings, dtype=dtype, device=device, layout=layout, observer=metrics)
-    for listener in listeners:
-        listener.listen()  # who connects from now on is answered
-    address = f"http://{host}:{listeners[0].getsockname()[1]}"
-    say(f"{service.model} is served at {address}; stop with Ctrl-C")
-    try:
-        run_server(make_server(service, host, key=key, metrics=metrics), listeners)
-    finally:
-        service.close()
+    with SessionStore(sessions_file(settings, model_id(name))) as store:
+        service = make_service(name, settings, dtype=dtype, device=device, layout=layout, observer=metrics)
+        for listener in listeners:
+            listener.listen()  # who connects from now on is answered
+        address = f"http://{host}:{listeners[0].getsockname()[1]}"
+        say(f"{service.model} is served at {address}; stop with Ctrl-C")
+        try:
+            run_server(make_server(service, host, key=key, metrics=metrics, store=store), listeners)
+        finally:
+            service.close()
 
 
 def generate(

@@ -485,7 +485,9 @@ class ServingConfig(Section):
     max_queue: NonNegativeInt = 64
     """Requests that wait; more are answered with 429."""
     resume_s: NonNegative = 30.0
-    """Seconds that the answer of a session is kept after its connection broke."""
+    """Seconds that the answer of a session goes on while nobody listens, and is kept after its end."""
+    sessions_file: str | None = None
+    """SQLite file with the conversations. null: one for each model, in the folder that also has the token."""
     controller: HostName | None = None
     """Host that runs API, page and scheduler but no layers. null: rank 0."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import re
 import signal
 import socket
 import threading
@@ -27,16 +29,20 @@ from smolcluster.serving.layer_store import LayerStore
 from smolcluster.serving.replica import Observer
 from smolcluster.serving.requests import Event
 from smolcluster.serving.service import Service, Wishes
+from smolcluster.transport.security import user_folder
 
 if TYPE_CHECKING:
     import uvicorn
 
     from smolcluster.serving.metrics import ServingMetrics
+    from smolcluster.serving.sessions import SessionStore
 
 logger = logging.getLogger(__name__)
 
 # For requests under way when the server is told to end.
 SHUTDOWN_SECONDS = 5
+# Of a model's id in a file's name: letters may take four bytes each, and names have 255.
+_NAME_CHARACTERS = 50
 
 
 def make_service(
@@ -142,7 +148,19 @@ def load_server_extra() -> None:
         import_extra(module, "smolcluster serve", "serve")
 
 
-def make_server(service: Service, host: str, *, key: str | None, metrics: ServingMetrics) -> uvicorn.Server:
+def sessions_file(settings: ServingConfig, model: str) -> Path:
+    """Where the conversations with a model are kept."""
+    if settings.sessions_file is not None:
+        return Path(settings.sessions_file).expanduser()
+    name = re.sub(r"[^\w.-]", "_", model)[:_NAME_CHARACTERS]
+    if name != model:  # another model's name may be the same now
+        name += "-" + hashlib.sha256(model.encode(errors="replace")).hexdigest()[:8]
+    return user_folder() / "sessions" / f"{name}.sqlite"
+
+
+def make_server(
+    service: Service, host: str, *, key: str | None, metrics: ServingMetrics, store: SessionStore | None = None
+) -> uvicorn.Server:
     """What answers HTTP requests; its `run` blocks until it is told to exit.
 
     Args:
@@ -150,13 +168,16 @@ def make_server(service: Service, host: str, *, key: str | None, metrics: Servin
         host: the name or address that it listens at.
         key: what clients have to send; None: nothing.
         metrics: what `GET /metrics` tells; it watches the service's engine from now on.
+        store: keeps the sessions; closed when `run` ends. None: they are kept in memory.
     """
     server = import_extra("uvicorn", "smolcluster serve", "serve")
     from smolcluster.serving.app import make_app
+    from smolcluster.serving.conversations import Conversations
     from smolcluster.serving.guard import MAX_BODY_BYTES, Guard
 
     hosts = {"localhost", "127.0.0.1", "::1", host, socket.gethostname()}
-    app = make_app(service, Guard(hosts, key), metrics)
+    conversations = None if store is None else Conversations(service, store)
+    app = make_app(service, Guard(hosts, key), metrics, conversations)
     metrics.watch(service.engine)
     config = server.Config(
         app,

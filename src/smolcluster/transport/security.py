@@ -220,15 +220,20 @@ def new_token() -> bytes:
     return secrets.token_bytes(TOKEN_BYTES)
 
 
-def token_path() -> Path:
-    """Where the user's token lives: the config folder of this system."""
+def user_folder() -> Path:
+    """Where smolcluster keeps what is the user's: in the config folder of this system. It may not exist."""
     if sys.platform == "win32":
         base = Path(os.environ.get("APPDATA", Path.home() / "AppData" / "Roaming"))
     elif sys.platform == "darwin":
         base = Path.home() / "Library" / "Application Support"
     else:
         base = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config"))
-    return base / "smolcluster" / "token"
+    return base / "smolcluster"
+
+
+def token_path() -> Path:
+    """Where the user's token lives."""
+    return user_folder() / "token"
 
 
 def load_token(file: Path | None = None) -> bytes:
