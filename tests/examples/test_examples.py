@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from smolcluster.config.hosts import members, roles
+from smolcluster.config.hosts import members, roles, serving_hosts
 from smolcluster.config.load import check_file, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,4 +141,16 @@ def test_the_cluster_file_with_a_server_names_it_and_two_workers() -> None:
     assert [(worker.name, worker.role, worker.dials) for worker in workers] == [
         ("laptop", "worker", ("127.0.0.1", 65432)),
         ("mini", "worker", ("127.0.0.1", 65432)),
+    ]
+
+
+def test_the_cluster_file_for_serving_names_a_controller_and_two_nodes() -> None:
+    path = EXAMPLES / "cluster_serving.yaml"
+    report = check_file(path)
+    assert report.errors == ()
+    hosts = serving_hosts(load_config(None, (), [path], environ={}).config)
+    assert (hosts.controller.name, hosts.has_layers) == ("mini1", True)
+    assert [(node.name, node.dials) for node in hosts.nodes] == [
+        ("mini2", ("127.0.0.1", 65432)),
+        ("mini3", ("127.0.0.1", 65432)),
     ]
