@@ -215,17 +215,17 @@ class Replica:
             self._queue.put_back(streams)
 
     def _give_up(self, reason: SmolError) -> None:
-        logger.error("there is no other executor reason=%s", reason)
+        """There is no other executor. If this one can still compute, it goes on with those who wait."""
         with self._queue.news:
-            self.failure = str(reason)
-            # Without another executor this one may do better with other streams: what has failed is told by `failure`.
             self.is_down = self._recover is not None or self._executor.failure() is not None
-            if not self.is_down:
-                self.failure = None
+            self.failure = str(reason) if self.is_down else None
+        if self.is_down:
+            logger.error("there is no other executor reason=%s", reason)
         if self._queue.has_others(self):
             self._give_back()
-        else:
-            self._end_all(str(reason))
+            return
+        self._end_all(str(reason))
+        if self.is_down:
             self._end_waiting(str(reason))
 
     def _end_old(self) -> None:
