@@ -13,7 +13,7 @@ from smolcluster.cluster.world import Member, View, World
 from smolcluster.collectives.direct import DirectRing
 from smolcluster.errors import FrameError, ServingError, SmolError
 from smolcluster.kinds import JsonObject
-from smolcluster.models.decoder import Decoder
+from smolcluster.serving.executor import LayerDecoder
 from smolcluster.serving.layer_store import CacheSize, LayerStore
 from smolcluster.serving.stage_hub import MEET_PATIENCES, Listen
 from smolcluster.serving.stage_server import run_stage
@@ -36,7 +36,7 @@ class _Ready:
     """Has read its layers, and listens for the other stages."""
 
     assigned: _Assignment
-    decoder: Decoder
+    decoder: LayerDecoder
     listener: Listener
 
 
