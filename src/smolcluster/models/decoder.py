@@ -148,6 +148,16 @@ class Decoder:
         self._activation = _ACTIVATIONS[config.activation]
         self._cos, self._sin = _rotations(config, cache.keys.shape[3], dtype, cache.keys.device)
 
+    @property
+    def slots(self) -> int:
+        """Sequences that are kept at once."""
+        return self.cache.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Positions of each."""
+        return self.cache.keys.shape[3]
+
     @torch.inference_mode()
     def __call__(self, x: Tensor, segments: Sequence[Segment], wanted: Sequence[int] = ()) -> Tensor:
         """Run the layers over rows of several sequences, and keep their keys and values.

@@ -12,6 +12,7 @@ from torch import Tensor
 from smolcluster.models.decoder import Block, Decoder, Entry, Exit, KeyValueCache, Norm
 from smolcluster.models.decoder_config import DecoderConfig
 from smolcluster.models.linear import Linear, WeightKind, make_linear
+from smolcluster.models.split import LayerCost
 from smolcluster.models.tensor_files import TensorFiles
 
 
@@ -38,6 +39,29 @@ class DecoderLoader:
         self._config, self._dtype, self._kind, self._device = config, dtype, kind, torch.device(device)
         self._base = ""
         self._kept: dict[int, Entry | Block | Exit] = {}
+
+    @property
+    def layers(self) -> int:
+        """How many there are, entry and exit included."""
+        return self._config.num_layers + 2
+
+    def costs(self) -> list[LayerCost]:
+        """Of each layer: what a token takes, and what has to be held; by sizes alone."""
+        config = self._config
+        width, ff = config.model_dim, config.ff_dim * (1 if config.is_gpt2 else 2)
+        attention = (config.num_heads + 2 * config.kv_heads) * config.head_dim + config.num_heads * config.head_dim
+        block = width * (attention + ff + config.ff_dim)
+        embedding = config.vocab_size * width
+        return [
+            LayerCost(1.0, embedding + (config.max_positions * width if config.is_gpt2 else 0)),
+            *[LayerCost(block, block)] * config.num_layers,
+            LayerCost(embedding, embedding),
+        ]
+
+    def bytes_per_position(self) -> int:
+        """Of keys and values, of one position of a sequence, in all blocks."""
+        config = self._config
+        return 2 * config.num_layers * config.kv_heads * config.head_dim * self._dtype.itemsize
 
     def load(self, files: TensorFiles, layers: range, *, slots: int, length: int) -> Decoder:
         """Some layers, with an empty cache; blocks while it reads those that are not there yet.

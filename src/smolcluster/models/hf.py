@@ -145,7 +145,7 @@ def build_hf(config: ModelConfig, *, seed: int, vocab_size: int | None, with_wei
     """
     transformers = import_extra("transformers", "model.type hf")
     folder = model_folder(config.hf_model_name, with_weights=with_weights)
-    with _own_generator(seed):
+    with own_generator(seed):
         try:
             hf_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             if getattr(hf_config, "quantization_config", None) is not None:
@@ -163,7 +163,7 @@ def build_hf(config: ModelConfig, *, seed: int, vocab_size: int | None, with_wei
             ) from exc
         if not with_weights:
             init_hf_parameters(inner, seed)
-    _check_causal(inner, folder)
+    check_causal(inner, folder)
     _check_sizes(config, inner, folder, vocab_size)
     return HFModel(inner, _longest(inner)).train()
 
@@ -220,7 +220,7 @@ def draw_hf_parameters(model: HFModel, names: Collection[str], seed: int) -> dic
     # Not a number: what nobody draws keeps it.
     drawn = {name: nn.Parameter(torch.full_like(like, math.nan, device="cpu")) for name, like in shapes.items()}
     try:
-        with _own_generator(seed), _replaced(model, drawn), _DrawsForMeta():  # type: ignore[no-untyped-call]  # torch's
+        with own_generator(seed), _replaced(model, drawn), _DrawsForMeta():  # type: ignore[no-untyped-call]  # torch's
             init_hf_parameters(model.inner, seed, only=drawn.values())
     except RuntimeError:  # something was computed from values that are on the meta device
         return None
@@ -240,11 +240,13 @@ def stored_names(model: HFModel, stored: Mapping[str, Tensor]) -> dict[str, str]
         one is missing or of another shape. Then it has to load the whole model.
     """
     own = model.state_dict(keep_vars=True)
-    conversions = _conversions(model.inner)
+    conversions = conversions_of(model.inner)
+    if conversions is None:
+        return None
     found: dict[int, list[str]] = {}
     for name, tensor in stored.items():
-        target = None if conversions is None else _loaded_name(name, own, model.inner.base_model_prefix, conversions)
-        if target is None or (target in own and own[target].shape != tensor.shape):
+        target, pattern = loaded_name(name, own, model.inner.base_model_prefix, conversions)
+        if pattern is not None or (target in own and own[target].shape != tensor.shape):
             return None
         if target in own:
             found.setdefault(id(own[target]), []).append(name)
@@ -269,37 +271,50 @@ def adopt_folder(model: HFModel, folder: Any, stored: Iterable[str]) -> None:
     transformers = import_extra("transformers", "model.type hf")
     with _TURN, quiet_transformers(), contextlib.suppress(OSError, ValueError):  # most folders have none
         model.inner.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
-    used = _conversions(model.inner) or []
+    used = conversions_of(model.inner) or []
     for name in stored:
-        _loaded_name(name, {}, "", used)
+        loaded_name(name, {}, "", used)
     # It is saved under the names that it has in the folder. Until transformers 5.5 conversions do not tell whether they
     # were used, and from_pretrained keeps all.
     model.inner._weight_conversions = [each for each in used if not hasattr(each, "was_used") or each.was_used()]
 
 
-def _conversions(inner: Any) -> list[Any] | None:
+def conversions_of(inner: Any) -> list[Any] | None:
     """What transformers does to names and tensors of this model when it loads them; None: it cannot be asked."""
     try:
         mapping = importlib.import_module("transformers.conversion_mapping")
     except ImportError:  # before transformers 5
         return None if getattr(inner, "_checkpoint_conversion_mapping", None) else []
     # Names are changed first, by all that match; then tensors.
-    return sorted(mapping.get_model_conversion_mapping(inner), key=_is_converter)
+    return sorted(mapping.get_model_conversion_mapping(inner), key=is_converter)
 
 
-def _is_converter(conversion: Any) -> bool:
+def is_converter(conversion: Any) -> bool:
     return hasattr(conversion, "operations")
 
 
-def _loaded_name(name: str, own: Collection[str], prefix: str, conversions: Iterable[Any]) -> str | None:
-    """The name in the model of a tensor in a file, as from_pretrained has it; None: it would be converted."""
-    renamed = name
+def loaded_name(name: str, own: Collection[str], prefix: str, conversions: Iterable[Any]) -> tuple[str, str | None]:
+    """The name in the model of a tensor in a file, as from_pretrained has it.
+
+    Args:
+        name: in the file.
+        own: the names in the model.
+        prefix: of the model inside the language model.
+        conversions: as `conversions_of` gives them.
+
+    Returns:
+        The name, and the pattern of the conversion that makes it of this tensor and others; None: it stays as it is.
+    """
+    renamed, pattern = name, None
     for conversion in conversions:
-        renamed, pattern = conversion.rename_source_key(renamed)
-        if pattern is not None and _is_converter(conversion):
-            return None
+        renamed, matched = conversion.rename_source_key(renamed)
+        if matched is not None and is_converter(conversion):
+            pattern = matched
+            break
     target = _prefixed(renamed, own, prefix)
-    return _prefixed(name, own, prefix) if target not in own and name in own else target
+    if target not in own and name in own:
+        return _prefixed(name, own, prefix), None
+    return target, pattern
 
 
 def _prefixed(name: str, own: Collection[str], prefix: str) -> str:
@@ -343,7 +358,7 @@ def _in_memory(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _own_generator(seed: int) -> Iterator[None]:
+def own_generator(seed: int) -> Iterator[None]:
     """transformers by itself, with the default generator at the seed; afterwards the generator is as it was."""
     with _TURN, quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(named_seed("", seed))
@@ -398,7 +413,7 @@ def _load(transformers: Any, folder: Any, hf_config: Any) -> Any:
     return inner
 
 
-def _check_causal(inner: Any, folder: Any) -> None:
+def check_causal(inner: Any, folder: Any) -> None:
     """Encoders too come as language models: BERT's attention sees the next token unless its config.json forbids it."""
     if any(getattr(module, "is_decoder", None) is False for module in inner.modules()):
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from smolcluster.errors import ConfigError
 from smolcluster.models.partition import split_into_units
@@ -58,7 +59,7 @@ def _called_before(inner: Any, blocks: tuple[str, ...], beside: list[str], give_
 
     Returns:
         None if it is not true of the model that each block is given what the one before gives, in a tuple or not, and
-        nothing else of it is looked at; or if it cannot begin with embeddings, as later stages do.
+        nothing else of it is looked at, nor of the text; or if it cannot begin with embeddings, as later stages do.
     """
     width = inner.config.get_text_config().hidden_size
     originals = {name: inner.get_submodule(name) for name in (*blocks, *beside)}
@@ -73,16 +74,19 @@ def _called_before(inner: Any, blocks: tuple[str, ...], beside: list[str], give_
         return None
     if not (_is_chain(first, blocks, embeddings.shape) and _is_chain(later, blocks, embeddings.shape)):
         return None
+    if not all(map(_is_given_same, _of_blocks(first, blocks), _of_blocks(later, blocks))):
+        return None
     order = [call.name for call in first]
     return set(order[: order.index(blocks[0])])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """A module that was run, what it was given and what it gave."""
+    """A module that was run, what it was given first and besides, and what it gave."""
 
     name: str
     given: Tensor
+    besides: list[Any]
     gave: Tensor
 
 
@@ -92,16 +96,19 @@ def _run_without(
     """Run a model with stand-ins for some of its modules; which of them ran, in order."""
     calls: list[_Call] = []
 
-    def note(name: str, args: tuple[Any, ...], out: Any) -> Any:
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         if "input_ids" in inputs and not args[0].is_floating_point():
-            out = torch.zeros((*inputs["input_ids"].shape, inner.config.get_text_config().hidden_size))
-        calls.append(_Call(name, args[0], out))
+            # Not the zeros that a later stage begins with: what is made of them besides is to be seen.
+            out = torch.ones((*inputs["input_ids"].shape, inner.config.get_text_config().hidden_size))
+        calls.append(_Call(name, args[0], tree_leaves((args[1:], kwargs)), out))
         return _FirstOnly((out,)) if name in giving_tuples else out
 
     try:
         for name, module in modules.items():
             stand_in = Absent(module)
-            stand_in.register_forward_hook(lambda _module, args, out, name=name: note(name, args, out))
+            stand_in.register_forward_hook(
+                lambda _module, args, kwargs, out, name=name: note(name, args, kwargs, out), with_kwargs=True
+            )
             replace_module(inner, name, stand_in)
         with torch.no_grad():
             inner(**inputs, use_cache=False)
@@ -113,12 +120,26 @@ def _run_without(
 
 def _is_chain(calls: list[_Call], blocks: tuple[str, ...], shape: torch.Size) -> bool:
     """Whether all blocks ran, each on what the one before gave; the first one and the exit on (B, T, D)."""
-    ran = [call for call in calls if call.name in blocks]
+    ran = _of_blocks(calls, blocks)
     if [call.name for call in ran] != list(blocks):
         return False
     if any(after.given is not before.gave for before, after in itertools.pairwise(ran)):
         return False
     return all(call.given.shape == shape for call in calls[calls.index(ran[0]) :])
+
+
+def _of_blocks(calls: list[_Call], blocks: tuple[str, ...]) -> list[_Call]:
+    return [call for call in calls if call.name in blocks]
+
+
+def _is_given_same(one: _Call, other: _Call) -> bool:
+    """Whether a block is given the same besides, whatever the text: a later stage does not know it."""
+    if len(one.besides) != len(other.besides):
+        return False
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        for a, b in zip(one.besides, other.besides, strict=True)
+    )
 
 
 class _FirstOnly(tuple[Tensor]):
@@ -145,8 +166,16 @@ def _refusal(inner: Any) -> ConfigError:
     )
 
 
-def run_layers(inner: Any, every: Layers, x: Tensor, layers: range) -> Tensor:
-    """See `Divisible.forward_layers`; the model has stand-ins in the place of all other layers."""
+def run_layers(inner: Any, every: Layers, x: Tensor, layers: range, options: Mapping[str, Any] | None = None) -> Tensor:
+    """See `Divisible.forward_layers`; the model has stand-ins in the place of all other layers.
+
+    Args:
+        inner: transformers' model.
+        every: all of its layers.
+        x: see there.
+        layers: see there.
+        options: arguments of the model's forward besides; None: it keeps no keys and values.
+    """
     blocks = [inner.get_submodule(name) for name in every.blocks]
     is_first, is_last = layers.start == 0, layers.stop == len(every)
     given: list[Tensor] = []
@@ -159,7 +188,7 @@ def run_layers(inner: Any, every: Layers, x: Tensor, layers: range) -> Tensor:
         # Later stages: for the shapes of masks and positions, and for nothing else.
         # Not x itself, which some models would scale in place.
         given_in = {"input_ids": x} if is_first else {"inputs_embeds": torch.zeros_like(x)}
-        out = inner(**given_in, use_cache=False)
+        out = inner(**given_in, **({"use_cache": False} if options is None else options))
     logits: Tensor = out.logits
     return logits if is_last else given[0]
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 WeightKind = Literal["plain", "int8", "int8-dynamic"]
 _LARGEST = 127
+# PyTorch's product reads so many weights of a row at once; with rows of other widths it reads past the end, and dies.
+_INT8_WIDTH = 16
 
 
 class PlainLinear:
@@ -83,5 +85,10 @@ _KINDS: dict[WeightKind, Callable[[Tensor, Tensor | None], Linear]] = {
 
 
 def make_linear(weight_FD: Tensor, bias_F: Tensor | None, kind: WeightKind) -> Linear:
-    """A product with a weight (F, D), which is taken over: (N, D) to (N, F)."""
+    """A product with a weight (F, D), which is taken over: (N, D) to (N, F).
+
+    With "int8" a matrix whose D is no multiple of 16 stays as it is.
+    """
+    if kind == "int8" and weight_FD.shape[1] % _INT8_WIDTH:
+        kind = "plain"
     return _KINDS[kind](weight_FD, bias_F)

@@ -192,10 +192,13 @@ class Absent(nn.Module):
         for name, part in module.named_children():
             self.add_module(name, Absent(part))
         self._gives_tuple = gives_tuple
+        self._is_embedding = isinstance(module, nn.Embedding)
 
     def forward(self, x: Tensor, *_args: object, **_kwargs: object) -> Tensor | tuple[Tensor]:
-        """`x` itself, or () if these are ids; in a tuple where the module gives one."""
-        out = x if x.is_floating_point() else torch.zeros((), device=x.device)
+        """`x` itself, or 0 in an embedding's place, or if these are ids; in a tuple where the module gives one."""
+        # OPT's embedding of positions is given its mask, in floating point.
+        is_embedded = self._is_embedding or not x.is_floating_point()
+        out = torch.zeros((), device=x.device) if is_embedded else x
         return (out,) if self._gives_tuple else out
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from smolcluster.errors import SmolError
-from smolcluster.models.decoder import Decoder, Segment
+from smolcluster.models.decoder import Segment
 from smolcluster.serving.sampling import Sampled, Sampler, Sampling
 
 
@@ -61,6 +61,24 @@ class NewTokens:
     tokens: Mapping[int, Sampled]
 
 
+class LayerDecoder(Protocol):
+    """Consecutive layers of a model, with the keys and values of sequences in slots: models/decoder.py or another."""
+
+    @property
+    def slots(self) -> int:
+        """Sequences that are kept at once, in slots 0 to slots - 1."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Positions that a slot has."""
+        ...
+
+    def __call__(self, x: torch.Tensor, segments: Sequence[Segment], wanted: Sequence[int] = ()) -> torch.Tensor:
+        """Run the layers over rows of several sequences; see decoder.Decoder."""
+        ...
+
+
 class Executor(Protocol):
     """Computes micro-batches in the order in which they are given. One thread calls it."""
 
@@ -97,10 +115,10 @@ class LocalExecutor:
 
     depth = 1
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: LayerDecoder) -> None:
         """Take a decoder with all layers."""
         self._decoder = decoder
-        self.slots, self.length = decoder.cache.keys.shape[1], decoder.cache.keys.shape[3]
+        self.slots, self.length = decoder.slots, decoder.length
         self._samplers: dict[int, Sampler] = {}
         self._done: deque[NewTokens] = deque()
 

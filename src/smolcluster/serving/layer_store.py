@@ -6,17 +6,19 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
 
 from smolcluster.errors import ConfigError
-from smolcluster.models.decoder import Decoder
-from smolcluster.models.decoder_config import FAMILIES, DecoderConfig, read_decoder_config
+from smolcluster.models.decoder_config import read_decoder_config
 from smolcluster.models.decoder_files import DecoderLoader
-from smolcluster.models.folder import read_config
+from smolcluster.models.hf_decoder_files import HfLoader, read_hf_config
 from smolcluster.models.linear import WeightKind, make_linear
+from smolcluster.models.split import LayerCost
 from smolcluster.models.tensor_files import TensorFiles
+from smolcluster.serving.executor import LayerDecoder
 
 # --dtype: of weights and activations, and what matrices are kept as.
 DTYPES: dict[str, tuple[torch.dtype, WeightKind]] = {
@@ -70,7 +72,31 @@ class LayerBytes:
     held: float
 
 
-def fastest_dtype(config: DecoderConfig, device: str) -> str:
+class ModelSizes(Protocol):
+    """What serving asks of a model's configuration."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids."""
+        ...
+
+    @property
+    def model_dim(self) -> int:
+        """Width of the residual stream."""
+        ...
+
+    @property
+    def ff_dim(self) -> int:
+        """Width of the feed-forward layer."""
+        ...
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence in tokens."""
+        ...
+
+
+def fastest_dtype(config: ModelSizes, device: str) -> str:
     """The floating-point dtype in which this machine computes a token's products fastest; blocks for a second or two.
 
     Half the bytes are not always half the time: many processors convert bfloat16 and float16 number by number.
@@ -79,7 +105,7 @@ def fastest_dtype(config: DecoderConfig, device: str) -> str:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def measure_machine(config: DecoderConfig, dtype: str, device: str) -> Machine:
+def measure_machine(config: ModelSizes, dtype: str, device: str) -> Machine:
     """What this machine can do with weights of this dtype; blocks for a second."""
     seconds, read = _time_products(config, dtype, torch.device(device))
     own = psutil.Process().memory_info().rss  # layers of an earlier session among it, which will be used again
@@ -89,7 +115,7 @@ def measure_machine(config: DecoderConfig, dtype: str, device: str) -> Machine:
     return Machine(read / seconds, float(free))
 
 
-def _time_products(config: DecoderConfig, dtype: str, device: torch.device) -> tuple[float, int]:
+def _time_products(config: ModelSizes, dtype: str, device: torch.device) -> tuple[float, int]:
     """Of one row with matrices of the model's feed-forward layers: seconds, and bytes that are read for it.
 
     Seconds are inf where this device has no such products.
@@ -118,8 +144,38 @@ def _weight_bytes(dtype: str) -> int:
     return activations.itemsize if kind == "plain" else 1
 
 
+class LayerLoader(Protocol):
+    """Reads layers of a model, and knows what they cost: decoder_files.py and hf_decoder_files.py."""
+
+    @property
+    def layers(self) -> int:
+        """How many there are, entry and exit included."""
+        ...
+
+    def costs(self) -> list[LayerCost]:
+        """Of each layer: what a token takes, and what has to be held.
+
+        Raises:
+            ConfigError: the model cannot be cut into stages.
+        """
+        ...
+
+    def bytes_per_position(self) -> int:
+        """Of keys and values, of one position of a sequence, in all blocks."""
+        ...
+
+    def load(self, files: TensorFiles, layers: range, *, slots: int, length: int) -> LayerDecoder:
+        """Some layers, with an empty cache; blocks while it reads what is not there yet."""
+        ...
+
+
 class LayerStore:
-    """A model's folder, and what has been read of it."""
+    """A model's folder, and what has been read of it.
+
+    Attributes:
+        config: the model's sizes.
+        dtype: a key of DTYPES.
+    """
 
     def __init__(
         self, folder: Path, dtype: str = "fp32", device: str = "cpu", *, is_deterministic: bool = False
@@ -134,52 +190,53 @@ class LayerStore:
 
         Raises:
             ConfigError: it is of a kind that cannot be served, or there is no such dtype.
+            CheckpointError: its files are missing or damaged.
         """
         if dtype not in ("auto", *DTYPES):
             raise ConfigError(f"--dtype {dtype}: choose one of auto, {', '.join(DTYPES)}")
-        config = read_decoder_config(folder)
-        if config is None:
-            raise ConfigError(
-                f"the model in {folder} is a {read_config(folder).get('model_type')}, which cannot be served. Those "
-                f"that can: {', '.join(FAMILIES)}"
-            )
-        self.config: DecoderConfig = config
-        self.dtype = fastest_dtype(config, device) if dtype == "auto" else dtype
+        own = read_decoder_config(folder)
+        self.config: ModelSizes = own or read_hf_config(folder)[1]
+        self.dtype = fastest_dtype(self.config, device) if dtype == "auto" else dtype
         self.is_deterministic = is_deterministic
         self._folder = folder
         activations, kind = DTYPES[self.dtype]
         self._itemsize = activations.itemsize
-        self._loader = DecoderLoader(config, activations, kind, device, is_isolated=is_deterministic)
+        self._loader: LayerLoader
+        if own is not None:
+            self._loader = DecoderLoader(own, activations, kind, device, is_isolated=is_deterministic)
+        else:  # one sequence after the other: deterministic in any case
+            self._loader = HfLoader(folder, activations, kind, device)
 
     @property
     def layers(self) -> int:
         """How many there are, entry and exit included."""
-        return self.config.num_layers + 2
+        return self._loader.layers
 
     def costs(self, size: CacheSize) -> list[LayerBytes]:
-        """Of each layer, with caches of this size."""
-        config = self.config
-        width, ff = config.model_dim, config.ff_dim * (1 if config.is_gpt2 else 2)
-        attention = (config.num_heads + 2 * config.kv_heads) * config.head_dim + config.num_heads * config.head_dim
-        block = width * (attention + ff + config.ff_dim) * _weight_bytes(self.dtype)
-        cache = size.slots * size.length * self.bytes_per_position() // config.num_layers
-        embedding = config.vocab_size * width
-        positions = config.max_positions * width if config.is_gpt2 else 0
+        """Of each layer, with caches of this size; by sizes alone.
+
+        Raises:
+            ConfigError: the model cannot be cut into stages.
+        """
+        costs = self._loader.costs()
+        weight = _weight_bytes(self.dtype)
+        cache = size.slots * size.length * self.bytes_per_position() / (len(costs) - 2)
+        entry, *blocks, last = costs
         return [
-            LayerBytes(width * self._itemsize, (embedding + positions) * self._itemsize),  # one row is read
-            *[LayerBytes(block, block + cache)] * config.num_layers,
-            LayerBytes(*[embedding * _weight_bytes(self.dtype)] * 2),
+            LayerBytes(entry.time * self._itemsize, entry.parameters * self._itemsize),
+            *(LayerBytes(block.time * weight, block.parameters * weight + cache) for block in blocks),
+            LayerBytes(last.time * weight, last.parameters * weight),
         ]
 
     def bytes_per_position(self) -> int:
         """Of keys and values, of one position of a sequence, in all blocks."""
-        config = self.config
-        return 2 * config.num_layers * config.kv_heads * config.head_dim * self._itemsize
+        return self._loader.bytes_per_position()
 
-    def decoder(self, layers: range, size: CacheSize) -> Decoder:
+    def decoder(self, layers: range, size: CacheSize) -> LayerDecoder:
         """Some layers, with an empty cache; blocks while it reads what is not there yet. The others are forgotten.
 
         Raises:
+            ConfigError: the model cannot be cut there, or does not run.
             CheckpointError: the files are damaged.
         """
         with TensorFiles(self._folder) as files:

@@ -14,7 +14,7 @@ from smolcluster.cluster.world import Member, View, World
 from smolcluster.collectives.direct import DirectRing
 from smolcluster.errors import FrameError, ServingError, SmolError
 from smolcluster.kinds import JsonObject
-from smolcluster.models.decoder import Decoder
+from smolcluster.serving.executor import LayerDecoder
 from smolcluster.serving.layer_store import CacheSize, LayerStore, measure_machine
 from smolcluster.serving.stage_group import MEET_PATIENCES, Listen
 from smolcluster.serving.stage_server import run_stage
@@ -42,7 +42,7 @@ class _Ready:
     """Has read its layers, and listens for the other stages."""
 
     assigned: _Assignment
-    decoder: Decoder
+    decoder: LayerDecoder
     listener: Listener
 
 

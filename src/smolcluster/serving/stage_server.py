@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from smolcluster.errors import ServingError, SmolError
-from smolcluster.models.decoder import Decoder
-from smolcluster.serving.executor import MicroBatch, NewTokens, sample
+from smolcluster.serving.executor import LayerDecoder, MicroBatch, NewTokens, sample
 from smolcluster.serving.sampling import Sampler
 from smolcluster.serving.wire import pack_batch, pack_tokens, unpack_batch, unpack_tokens
 
@@ -54,7 +53,7 @@ class Ring(Protocol):
 class ChainExecutor:
     """The engine's side: rank 0."""
 
-    def __init__(self, ring: Ring, decoder: Decoder | None, *, slots: int, length: int) -> None:
+    def __init__(self, ring: Ring, decoder: LayerDecoder | None, *, slots: int, length: int) -> None:
         """Begin with empty slots.
 
         Args:
@@ -97,7 +96,7 @@ class ChainExecutor:
         self._ring.close()
 
 
-def run_stage(ring: Ring, decoder: Decoder) -> None:
+def run_stage(ring: Ring, decoder: LayerDecoder) -> None:
     """Any other rank's side: compute what comes until rank 0 closes the chain. Blocks.
 
     Raises:
