@@ -39,7 +39,14 @@ def import_extra(module: str, what: str, extra: str = "hf") -> Any:
         raise ConfigError(f'{what} needs {module} ({exc}). Install it: pip install "smolcluster[{extra}]"') from exc
 
 
-def find_folder(name: str, *, key: str, patterns: Sequence[str], is_whole: Callable[[Path], bool]) -> Path:
+def is_id(name: str) -> bool:
+    """Whether a name may be a Hugging Face id; whether there is such a one, only the hub knows."""
+    return _ID.fullmatch(name) is not None
+
+
+def find_folder(
+    name: str, *, key: str, patterns: Sequence[str], is_whole: Callable[[Path], bool], revision: str | None = None
+) -> Path:
     """The folder that a user named: a local one, or one of the hub in this machine's cache. May block on a download.
 
     Args:
@@ -47,6 +54,7 @@ def find_folder(name: str, *, key: str, patterns: Sequence[str], is_whole: Calla
         key: the configuration key that it stands in, for messages.
         patterns: which files are downloaded.
         is_whole: whether a cached folder has all that is needed; otherwise it is downloaded.
+        revision: of an id: its commit, tag or branch. None: the newest.
 
     Raises:
         ConfigError: there is no such folder or id, or no network to ask.
@@ -54,26 +62,28 @@ def find_folder(name: str, *, key: str, patterns: Sequence[str], is_whole: Calla
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not _ID.fullmatch(name):
+    if not is_id(name):
         raise ConfigError(f"{key} is {name}, but there is no such folder. Name a folder or a Hugging Face id")
     hub = import_extra("huggingface_hub", f"{key} {name}, a Hugging Face id,")
+    wanted = {"allow_patterns": [*patterns], **({} if revision is None else {"revision": revision})}
+    called = name if revision is None else f"{name} at revision {revision}"
     with contextlib.suppress(OSError, ValueError):
-        cached = Path(hub.snapshot_download(name, allow_patterns=[*patterns], local_files_only=True))
+        cached = Path(hub.snapshot_download(name, **wanted, local_files_only=True))
         if is_whole(cached):
             return cached
     endpoint = hub.constants.ENDPOINT
     reason = "HF_HUB_OFFLINE is set" if hub.constants.HF_HUB_OFFLINE else why_unreachable(endpoint)
     if reason is not None:
         raise ConfigError(
-            f"{key} is {name}: no folder here and not in the cache of Hugging Face, and {endpoint} cannot be reached "
+            f"{key} is {called}: no folder here and not in the cache of Hugging Face, and {endpoint} cannot be reached "
             f"({reason}). Connect this machine, or name a local folder"
         )
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=[*patterns]))
+        return Path(hub.snapshot_download(name, **wanted))
     except (OSError, ValueError) as exc:
         raise ConfigError(
-            f"{key} is {name}, which cannot be downloaded from {endpoint} ({first_line(exc)}). Check the id, or name a "
-            "local folder"
+            f"{key} is {called}, which cannot be downloaded from {endpoint} ({first_line(exc)}). Check the id, or "
+            "name a local folder"
         ) from exc
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,8 @@ def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     assert process.stderr is not None
     try:
         line = process.stderr.readline()
+        while line.startswith("warning: "):
+            line = process.stderr.readline()
         found = re.search(r"is served at (http://\S+);", line)
         assert found, line + process.stderr.read()
         yield process, found[1]
@@ -70,6 +74,28 @@ def test_a_conversation_with_a_model_in_stages_and_an_end(model: Path, end: sign
         assert not any(stage.is_running() for stage in stages)
 
 
+def test_a_key_of_a_model_file_is_served_with_its_settings(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(
+        "first: {hf_model_name: nobody/nothing}\n"
+        f"second: {{hf_model_name: {str(model)!r}, num_layers: 99, num_nodes: 2, max_new_tokens: 3, ctx_length: 100}}\n"
+    )
+    options = ("--model", "second", "--config", file)
+    with serving(*options, "--local", 2) as (_, address):
+        with urllib.request.urlopen(f"{address}/v1/models", timeout=10) as answer:
+            assert [entry["id"] for entry in json.load(answer)["data"]] == [MODEL]
+        question = json.dumps({"model": MODEL, "prompt": "Once"}).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/v1/completions", question, headers)) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 3
+    alone = run("generate", *options, "--prompt", "Once")
+    assert alone.returncode == 0, alone.stderr
+    layers, nodes, tokens = alone.stderr.splitlines()
+    assert re.fullmatch(rf"warning: serving\.num_layers is 99, but {MODEL} has \d+ layers, which count", layers)
+    assert nodes == "serving.num_nodes is 2, but this is one process: 2 stages need --local 2"
+    assert tokens.startswith("3 tokens, ")
+
+
 def test_generate_writes_the_same_text_in_one_process_and_in_stages(model: Path) -> None:
     options = ("generate", "--model", model, "--prompt", "Once upon a time", "--max-tokens", 40, "--seed", 3)
     alone = run(*options, "--dtype", "fp64")
@@ -86,6 +112,7 @@ def test_generate_writes_the_same_text_in_one_process_and_in_stages(model: Path)
     [
         (("generate", "--prompt", "x"), "--model"),
         (("generate", "--prompt", "x", "--model", "/nowhere/at/all"), "--model is /nowhere/at/all"),
+        (("serve", "--model", "./causal_gpt"), "nearest: causal_gpt2"),
         (("serve", "--model", "MODEL", "--device", "tpu"), "--device is 'tpu'"),
         (("serve", "--model", "MODEL", "--dtype", "fp8"), "fp64"),
         (("serve", "--model", "MODEL", "--local", 0), "--local 0"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from smolcluster.config.load import Resolved, check_file, load_config
+from smolcluster.config.load import Resolved, check_file, load_config, model_keys
 from smolcluster.errors import ConfigError
 
 
@@ -329,3 +329,20 @@ def test_the_first_model_of_a_file_is_the_one_served() -> None:
         "1: causal_gpt2: read as the section serving, which this model is served with",
         "4: other: not read; the first model of the file, causal_gpt2, is the one served",
     ]
+
+
+def test_a_model_that_is_named_is_the_one_served(tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text("causal_gpt2:\n  hf_model_name: x\n  timeout: 60\nother:\n  hf_model_name: y\n")
+    assert model_keys(files=[file]) == ["causal_gpt2", "other"]
+    resolved = load_config(files=[file], environ={}, model="other")
+    assert (resolved.config.serving.hf_model_name, resolved.config.serving.timeout) == ("y", 300)
+    assert resolved.sources["serving.hf_model_name"] == f"{file}:5"
+    assert resolved.warnings == (f"{file}:4: other: read as the section serving, which this model is served with",)
+
+
+def test_a_model_that_no_file_has_is_the_preset_s_and_the_lowest_of_all(tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text("other:\n  hf_model_name: y\nserving:\n  ctx_length: 64\n")
+    serving = load_config(files=[file], environ={}, model="causal_gpt2").config.serving
+    assert (serving.hf_model_name, serving.ctx_length, serving.num_nodes) == ("openai-community/gpt2", 64, 3)

@@ -13,10 +13,12 @@ from serving.test_engine import Asked, decode
 from smolcluster.config.schema import ServingConfig
 from smolcluster.data.tokenizer import ByteTokenizer
 from smolcluster.errors import ConfigError
-from smolcluster.run.serve import Layout, make_service
-from smolcluster.serving.engine import Engine, Request
+from smolcluster.run.serve import make_service
+from smolcluster.run.stages import Layout
+from smolcluster.serving.engine import Engine
 from smolcluster.serving.executor import LocalExecutor
 from smolcluster.serving.layer_store import CacheSize, LayerStore
+from smolcluster.serving.requests import Request
 from smolcluster.serving.sampling import Sampling
 
 LENGTH, TOKENS, SLOTS = 96, 64, 2
@@ -71,7 +73,7 @@ def ask(engine: Engine, folder: Path) -> None:
 
 def test_streams_together_get_what_generate_gives_each(folder: Path) -> None:
     store = LayerStore(folder, "fp64")
-    engine = Engine(LocalExecutor(store.decoder(range(store.layers), CacheSize(SLOTS, LENGTH))), decode)
+    engine = Engine([(LocalExecutor(store.decoder(range(store.layers), CacheSize(SLOTS, LENGTH))), None)], decode)
     try:
         ask(engine, folder)
         assert engine.counts.reused_tokens == 20
@@ -83,7 +85,7 @@ def test_over_processes_of_this_machine_they_get_the_same(tmp_path: Path) -> Non
     folder = make_other_folder(tmp_path / "model", "gemma2", tie_word_embeddings=True)
     ByteTokenizer().save(folder)
     settings = ServingConfig(max_concurrent=SLOTS)
-    service = make_service(str(folder), settings, dtype="fp64", layout=Layout(2, logs=tmp_path))
+    service = make_service(str(folder), settings, dtype="fp64", layout=Layout(processes=2, logs=tmp_path))
     try:
         ask(service.engine, folder)
         assert service.describe()["split"] in ([2, 3], [3, 2])
@@ -95,13 +97,13 @@ def test_what_cannot_be_served_says_so_before_a_process_is_started(tmp_path: Pat
     make_other_folder(tmp_path, "phi3")
     ByteTokenizer().save(tmp_path)
     with pytest.raises(ConfigError, match="5 blocks"):
-        make_service(str(tmp_path), ServingConfig(), layout=Layout(2, (1, 3)))
+        make_service(str(tmp_path), ServingConfig(), layout=Layout(processes=2, split=(1, 3)))
 
 
 def test_auto_measures_the_sizes_of_these_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from smolcluster.serving import layer_store
 
     sizes = []
-    monkeypatch.setattr(layer_store, "_time_products", lambda config, *_: sizes.append(config.ff_dim) or 1.0)
+    monkeypatch.setattr(layer_store, "_time_products", lambda config, *_: sizes.append(config.ff_dim) or (1.0, 1))
     assert LayerStore(make_other_folder(tmp_path, "opt"), "auto").dtype == "fp32"
     assert sizes == [40, 40, 40]

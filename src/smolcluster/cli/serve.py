@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
@@ -21,10 +22,14 @@ from smolcluster.cli.train import (
 from smolcluster.errors import ConfigError
 
 if TYPE_CHECKING:
-    from smolcluster.config.schema import Config, ServingConfig
+    from smolcluster.run.served_model import Choice
 
 Model: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="FOLDER_OR_HF_ID", help="A Hugging Face folder, such as an export, or an id.")
+    str | None,
+    typer.Option(
+        metavar="FOLDER_OR_HF_ID",
+        help="A Hugging Face folder, such as an export, or an id; or a key of a model file, such as causal_gpt2.",
+    ),
 ]
 DType: TypeAlias = Annotated[
     str, typer.Option(metavar="NAME", help="auto, fp64, fp32, bf16, fp16, int8 or int8-dynamic.")
@@ -70,17 +75,19 @@ def serve(
     Over several machines: start it on each with the same --cluster FILE; but for the controller with --hostname NAME.
     """
     _check_places(local, cluster, hostname)
-    resolved = _config(preset, config, override, cluster, max_concurrent, max_queue)
-    settings, say = resolved.serving, say_to_stderr(quiet)
-    name = _model(model, settings)
+    say = say_to_stderr(quiet)
+    flags = {"serving.max_concurrent": max_concurrent, "serving.max_queue": max_queue}
+    choice = _choose(model, say, preset, config, override, cluster, flags)
+    resolved, settings = choice.config, choice.config.serving
     blocks, kind = _blocks(split), _mode(mode)
     from smolcluster.run.serve_machines import find_part, processes_of, told_split
+    from smolcluster.run.served_model import find_model, note_stages
     from smolcluster.run.stage import StagePlace, serve_layers
     from smolcluster.run.stages import Layout
 
     part = None if cluster is None else find_part(resolved, hostname, token_file, say)
     if isinstance(part, StagePlace):
-        serve_layers(part, name, device)
+        serve_layers(part, str(find_model(choice, say).folder), device)
     patience = resolved.cluster.patience
     if part is None:
         layout = Layout(kind, local or 1, blocks, patience, deterministic)
@@ -93,7 +100,6 @@ def serve(
         load_server_extra,
         make_server,
         make_service,
-        model_id,
         run_server,
         sessions_file,
     )
@@ -102,13 +108,18 @@ def serve(
     from smolcluster.serving.metrics import ServingMetrics
     from smolcluster.serving.sessions import SessionStore
 
-    metrics = ServingMetrics(model_id(name))
+    served = find_model(choice, say)
+    if local is None and part is None:
+        note_stages(settings, say, " or --cluster FILE")
+    metrics = ServingMetrics(served.id)
     web = resolved.cluster.web_interface
     listeners = [listen_http(host, port if port is not None else web.api_port)]
     if web.frontend_port is not None and cluster is not None:
         listeners.append(listen_http(host, web.frontend_port))
-    with SessionStore(sessions_file(settings, model_id(name))) as store:
-        service = make_service(name, settings, dtype=dtype, device=device, layout=layout, observer=metrics)
+    with SessionStore(sessions_file(settings, served.id)) as store:
+        service = make_service(
+            str(served.folder), settings, dtype=dtype, device=device, layout=layout, observer=metrics, model=served.id
+        )
         for listener in listeners:
             listener.listen()  # who connects from now on is answered
         address = f"http://{host}:{listeners[0].getsockname()[1]}"
@@ -136,13 +147,19 @@ def generate(
 ) -> None:
     """Let a language model write on, without a server."""
     _check_places(local, None, None)
-    settings = _config(preset, config, override, None, 1, None).serving
+    say = say_to_stderr(quiet=False)
+    choice = _choose(model, say, preset, config, override, None, {"serving.max_concurrent": 1})
+    settings = choice.config.serving
     from smolcluster.run.serve import make_service, write_on
+    from smolcluster.run.served_model import find_model, note_stages
     from smolcluster.run.stages import Layout
     from smolcluster.serving.service import Wishes
 
     layout = Layout(processes=local or 1)
-    service = make_service(_model(model, settings), settings, dtype=dtype, device=device, layout=layout)
+    served = find_model(choice, say)
+    if local is None:
+        note_stages(settings, say)
+    service = make_service(str(served.folder), settings, dtype=dtype, device=device, layout=layout, model=served.id)
     wishes = Wishes(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens)
     print(prompt, end="", flush=True)
     rate = write_on(service, prompt, wishes, lambda piece: print(piece, end="", flush=True))
@@ -150,30 +167,26 @@ def generate(
     print(rate, file=sys.stderr)
 
 
-def _config(
+def _choose(
+    model: str | None,
+    say: Callable[[str], None],
     preset: str | None,
     config: list[Path] | None,
     override: list[str] | None,
     cluster: Path | None,
-    max_concurrent: int | None,
-    max_queue: int | None,
-) -> Config:
-    from smolcluster.config.load import load_config
+    flags: dict[str, int | None],
+) -> Choice:
+    from smolcluster.run.served_model import choose_model
 
-    return load_config(
+    return choose_model(
+        model,
+        say,
         preset=preset,
         files=config or (),
         cluster_files=() if cluster is None else (cluster,),
         overrides=override or (),
-        flags={"serving.max_concurrent": max_concurrent, "serving.max_queue": max_queue},
-    ).config
-
-
-def _model(model: str | None, settings: ServingConfig) -> str:
-    name = model or settings.hf_model_name
-    if name is None:
-        raise ConfigError("no model is named. Give --model FOLDER_OR_HF_ID, or set serving.hf_model_name")
-    return name
+        flags=flags,
+    )
 
 
 def read_key(file: Path) -> str:

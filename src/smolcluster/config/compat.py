@@ -63,30 +63,40 @@ class Implied:
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """A file in the shape of the schema, but for keys of `cluster` that may still stand at the top level."""
+    """A file in the shape of the schema, but for keys of `cluster` that may still stand at the top level.
+
+    Attributes:
+        entry: the file.
+        implied: what else it says.
+        notes: how it is read.
+        models: keys of its models, if it is a model file.
+    """
 
     entry: Entry
     implied: tuple[Implied, ...] = ()
     notes: tuple[Problem, ...] = ()
+    models: tuple[str, ...] = ()
 
 
-def translate(entry: Entry, name: str, where: str) -> Translated:
+def translate(entry: Entry, name: str, where: str, model: str | None = None) -> Translated:
     """Bring one file's older spellings into the shape of the schema.
 
     Args:
         entry: the file, a mapping.
         name: the file's name without `.yaml`, or the preset's.
         where: what the source of a value is called that only the name says.
+        model: of a model file the one that becomes the section `serving`, if the file has it; None: its first.
 
     Raises:
         ConfigError: a value is given in two ways, or the clipping of a flat file is malformed.
     """
     keys = dict(entry.mapping())
     _move_flat_keys(keys, entry.source)
-    notes = [*_move_model_file(keys)]
+    models = tuple(key for key, below in keys.items() if _is_model_of_model_file(key, below))
+    notes = [*_move_model_file(keys, models, model)]
     implied = [*_implied_algorithm(keys, name, where)]
     notes += _read_timeout(keys, entry.source, name, implied)
-    return Translated(Entry(keys, entry.source), tuple(implied), tuple(notes))
+    return Translated(Entry(keys, entry.source), tuple(implied), tuple(notes), models)
 
 
 def without_idle_type(top: Entry | None, over: Entry) -> Entry | None:
@@ -216,15 +226,15 @@ def _refuse_other_keys(entry: Entry, name: str, known: Sequence[str]) -> None:
 # --- model files for serving
 
 
-def _move_model_file(keys: dict[str, Entry]) -> Iterator[Problem]:
-    """The one model of a model file becomes the section `serving`."""
-    models = [key for key, below in keys.items() if _is_model_of_model_file(key, below)]
-    for position, name in enumerate(models):
+def _move_model_file(keys: dict[str, Entry], models: Sequence[str], wanted: str | None) -> Iterator[Problem]:
+    """One model of a model file becomes the section `serving`: the wanted one, else the first."""
+    for name in models:
         model = keys.pop(name)
-        if position > 0:
-            yield Problem(
-                model.source, f"{name}: not read; the first model of the file, {models[0]}, is the one served"
-            )
+        if name != (models[0] if wanted is None else wanted):
+            if wanted is None:  # who names a model knows that the others are not read
+                yield Problem(
+                    model.source, f"{name}: not read; the first model of the file, {models[0]}, is the one served"
+                )
             continue
         serving = keys.get("serving")
         if serving is not None and serving.value is not None:

@@ -54,6 +54,8 @@ from smolcluster.config.weights import MODEL_WEIGHTS, check_model_weights, is_mo
 from smolcluster.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "SMOLCLUSTER__"
+# The model file that ships with the package.
+MODEL_PRESET = "model_config_inference"
 # Keys whose null stands for a number, and what gives it.
 _AUTOMATIC = {"training.batch_size": resolved_batch_size, "training.epochs": resolved_epochs}
 # Values that follow from another key where they are not given (schema.py).
@@ -99,6 +101,7 @@ def load_config(
     flags: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
     base: tuple[Config, str] | None = None,
+    model: str | None = None,
 ) -> Resolved:
     """Read, merge and validate a configuration.
 
@@ -111,13 +114,15 @@ def load_config(
         environ: environment variables; None: this process's.
         base: a configuration that all these are laid over instead of the defaults, and its name, such as a
             checkpoint's.
+        model: the key of a model file that is read as the section `serving`, one of `model_keys`: where no source has
+            it, the preset model_config_inference is the lowest. None: the first of each file.
 
     Raises:
         ConfigError: one or two lines that name the place, the key and what is accepted.
     """
-    read = [] if preset is None else [_read_preset(preset)]
-    read += [read_config_file(Path(file)) for file in files]
-    read += [read_config_file(Path(file), is_cluster=True) for file in cluster_files]
+    read = _read_sources(preset, files, cluster_files, model)
+    if model is not None and not any(model in part.models for part in read):
+        read.insert(0, _read_preset(MODEL_PRESET, model))
     top = None if base is None else _base(*base)
     for part in read:
         top = _merge(without_idle_type(top, part.entry), part.entry)
@@ -132,6 +137,18 @@ def load_config(
             _refuse_difference(key, value, overridden)
             top = _assign(top, _path(key), _entry(value, Source(flag_name(key))))
     return _resolve(*_completed(top if top is not None else Entry({}, Source("default")), read))
+
+
+def model_keys(
+    preset: str | None = None, files: Sequence[str | Path] = (), cluster_files: Sequence[str | Path] = ()
+) -> list[str]:
+    """The models of model files among these sources.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    read = _read_sources(preset, files, cluster_files, None)
+    return list(dict.fromkeys(name for part in read for name in part.models))
 
 
 def check_file(file: str | Path) -> FileReport:
@@ -181,31 +198,40 @@ def flag_name(key: str) -> str:
     return "--" + key.rsplit(".", 1)[-1].replace("_", "-")
 
 
-def read_config_file(path: Path, is_cluster: bool = False) -> Translated:
+def read_config_file(path: Path, is_cluster: bool = False, model: str | None = None) -> Translated:
     """Read one YAML file and bring it into the shape of the schema. Not validated yet.
 
     Args:
         path: the file.
         is_cluster: all keys outside sections belong to `cluster`; else only where one of them is a key of it.
+        model: of a model file, see `load_config`.
 
     Raises:
         ConfigError: the file is missing, not a YAML mapping, or no configuration of a run.
     """
     if is_model_weights(path.stem):
         raise ConfigError(f"{path}: lists published weights (serving.weights_model_name); it configures no run")
-    read = translate(read_file(path), path.stem, f"name of {path}")
+    read = translate(read_file(path), path.stem, f"name of {path}", model)
     return replace(read, entry=_shaped(read.entry, is_cluster))
 
 
 # --- sources of values
 
 
-def _read_preset(name: str) -> Translated:
+def _read_sources(
+    preset: str | None, files: Sequence[str | Path], cluster_files: Sequence[str | Path], model: str | None
+) -> list[Translated]:
+    read = [] if preset is None else [_read_preset(preset, model)]
+    read += [read_config_file(Path(file), model=model) for file in files]
+    return read + [read_config_file(Path(file), is_cluster=True, model=model) for file in cluster_files]
+
+
+def _read_preset(name: str, model: str | None) -> Translated:
     where = f"preset {name}"
-    read = translate(read_value(preset_text(name), where), name, f"name of {where}")
+    read = translate(read_value(preset_text(name), where), name, f"name of {where}", model)
     # How the texts that we ship are read is for their comments: whoever uses one did not write it.
     quiet = tuple(replace(item, note=None) for item in read.implied)
-    return Translated(_shaped(read.entry, is_cluster=False), quiet)
+    return replace(read, entry=_shaped(read.entry, is_cluster=False), implied=quiet, notes=())
 
 
 def _base(config: Config, name: str) -> Entry:

@@ -465,9 +465,9 @@ class ServingConfig(Section):
     hf_model_name: str | None = None
     """Hugging Face id or local folder of the served model. null: `--model` says it."""
     weights_model_name: str | None = None
-    """Key of the weights in the preset `model_weights.yaml`."""
+    """Key of the weights in a `model_weights.yaml` beside the configuration file, else in the preset of that name."""
     num_nodes: PositiveInt | None = None
-    """Number of stages. null: the cluster's ranks."""
+    """Number of stages with `--cluster`; `--local N` wins. null: the cluster's ranks."""
     num_layers: PositiveInt | None = None
     """Number of layers, as older files repeat it; the model's own number wins."""
     max_new_tokens: PositiveInt = 256

@@ -62,21 +62,36 @@ def find_weights(key: str, path: Path | None = None) -> WeightsSource:
     Raises:
         ConfigError: the table has a mistake, or no such key.
     """
-    if path is not None:
-        entry, name = read_file(path), str(path)
-    else:
-        name = f"preset {MODEL_WEIGHTS}"
-        text = (resources.files("smolcluster.config") / "presets" / f"{MODEL_WEIGHTS}.yaml").read_text(encoding="utf-8")
-        entry = read_value(text, name)
-    found = check_model_weights(entry)
-    if found:
-        raise ConfigError(str(found[0]))
-    table = TypeAdapter(WeightsTable).validate_python(entry.plain())
+    table = read_weights(path)
     if key not in table:
         guess = nearest(key, table)
         hint = f"; nearest: {guess}" if guess else ""
-        raise ConfigError(f"{name} has no weights {key}{hint}; it has {', '.join(table)}")
+        raise ConfigError(f"{_called(path)} has no weights {key}{hint}; it has {', '.join(table)}")
     return table[key]
+
+
+def read_weights(path: Path | None = None) -> WeightsTable:
+    """A whole table.
+
+    Args:
+        path: the user's; None: the one that ships with the package.
+
+    Raises:
+        ConfigError: it has a mistake.
+    """
+    if path is not None:
+        entry = read_file(path)
+    else:
+        text = (resources.files("smolcluster.config") / "presets" / f"{MODEL_WEIGHTS}.yaml").read_text(encoding="utf-8")
+        entry = read_value(text, _called(None))
+    found = check_model_weights(entry)
+    if found:
+        raise ConfigError(str(found[0]))
+    return TypeAdapter(WeightsTable).validate_python(entry.plain())
+
+
+def _called(path: Path | None) -> str:
+    return str(path) if path is not None else f"preset {MODEL_WEIGHTS}"
 
 
 def check_model_weights(entry: Entry) -> list[Problem]:

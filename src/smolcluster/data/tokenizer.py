@@ -198,10 +198,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if path.is_file():
         return _from_folder(tokenizers, path.parent)
     patterns = [*FILES, "config.json", "generation_config.json"]
-    return _from_folder(tokenizers, find_folder(spec, key="data.tokenizer", patterns=patterns, is_whole=_is_whole))
+    return _from_folder(tokenizers, find_folder(spec, key="data.tokenizer", patterns=patterns, is_whole=has_tokenizer))
 
 
-def _is_whole(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer of some kind."""
     names = {file.name for file in folder.iterdir()}
     return (
         bool(names & {TOKENIZER, "tokenizer.model", "spiece.model", "vocab.txt"})
@@ -218,7 +219,7 @@ def _from_folder(tokenizers: Any, folder: Path) -> Tokenizer:
     if names == {"vocab.json", "merges.txt"}:
         tokenizer = _gpt2(tokenizers, folder)
         return HFTokenizer(tokenizer, eos_id=tokenizer.token_to_id(GPT2_END), files=files, kind="GPT2Tokenizer")
-    if not _is_whole(folder):
+    if not has_tokenizer(folder):
         raise DataError(
             f"data.tokenizer is {folder}, which has no {TOKENIZER}. Name a folder of a tokenizer, a {TOKENIZER}, or "
             "bytes"

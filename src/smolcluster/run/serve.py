@@ -21,7 +21,8 @@ from smolcluster.data.tokenizer import Tokenizer, load_tokenizer
 from smolcluster.device import prepare_process, resolve_device
 from smolcluster.errors import ConfigError, ServingError
 from smolcluster.hub import import_extra
-from smolcluster.models.folder import model_folder, read_json
+from smolcluster.models.folder import read_json
+from smolcluster.run.served_model import hub_folder, model_id
 from smolcluster.run.stages import Layout, Stages
 from smolcluster.serving.chat_template import load_chat_template
 from smolcluster.serving.engine import Engine
@@ -53,6 +54,7 @@ def make_service(
     device: str = "cpu",
     layout: Layout | None = None,
     observer: Observer | None = None,
+    model: str | None = None,
 ) -> Service:
     """Load a model and begin to serve it; blocks until all of it is there. `close` the service at the end.
 
@@ -63,6 +65,7 @@ def make_service(
         device: where to compute.
         layout: over which processes; None: this one.
         observer: is told how long things take.
+        model: what it is called in the API; None: see model_id.
 
     Raises:
         ConfigError: there is no such model, or it is of a kind that cannot be served.
@@ -70,7 +73,7 @@ def make_service(
     """
     layout = layout or Layout()
     prepare_process()
-    folder = model_folder(name, with_weights=True, key="--model")
+    folder = hub_folder(name, key="--model")
     resolved = str(resolve_device(device, key="--device"))
     store = LayerStore(folder, dtype, resolved, is_deterministic=layout.is_deterministic)
     tokenizer = load_tokenizer(str(folder))
@@ -96,7 +99,7 @@ def make_service(
             load_chat_template(folder),
             settings,
             vocab_size=store.config.vocab_size,
-            model=model_id(name),
+            model=model or model_id(name),
             describe=lambda: {"dtype": store.dtype, **stages.describe()},
             stop_tokens=_stop_tokens(folder, tokenizer),
             close=undo.pop_all().close,
@@ -130,12 +133,6 @@ def listen_http(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot listen at {host}:{port} ({exc.strerror or exc}). Choose another --port") from exc
     return listener
-
-
-def model_id(name: str) -> str:
-    """What a model is called in the API: the last part of its folder, or its Hugging Face id."""
-    folder = Path(name).expanduser()
-    return folder.resolve().name if folder.is_dir() else name
 
 
 def load_server_extra() -> None:

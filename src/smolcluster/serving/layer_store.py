@@ -36,6 +36,8 @@ _TIMED = ("fp32", "bf16", "fp16")
 # More than any cache holds, as a model's weights are.
 _TIMED_BYTES = 128 << 20
 _TIMED_ROUNDS = 5
+# Of tiny matrices: there Python takes the time, not memory.
+_TIMED_MOST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def _time_products(config: ModelSizes, dtype: str, device: torch.device) -> tupl
     """
     activations, kind = DTYPES[dtype]
     matrix = torch.randn(config.ff_dim, config.model_dim, dtype=torch.float32)
-    copies = max(1, _TIMED_BYTES // (matrix.numel() * 4))
+    copies = max(1, min(_TIMED_MOST, _TIMED_BYTES // (matrix.numel() * 4)))
     x = torch.randn(1, config.model_dim).to(device, activations)
     try:
         products = [make_linear(matrix.to(device, activations, copy=True), None, kind) for _ in range(copies)]
