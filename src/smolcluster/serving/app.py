@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import FastAPI, Request, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
@@ -32,8 +32,10 @@ from smolcluster.serving.openai import (
     chat_logprobs,
     completion_logprobs,
     error_body,
+    told_wrong,
     usage,
 )
+from smolcluster.serving.openapi import describe
 from smolcluster.serving.requests import ContextOverflow, QueueFull, Unavailable
 from smolcluster.serving.requests import Request as EngineRequest
 from smolcluster.serving.sampling import Sampled
@@ -50,7 +52,9 @@ class PromptRequest(AnswerBody):
     """Body of `POST /chat`, and of a request over `/ws`."""
 
     text: str | None = None
+    """What the user says."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    """Or a whole conversation, oldest message first."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> PromptRequest:
@@ -81,6 +85,7 @@ def make_app(service: Service, guard: Guard, metrics: ServingMetrics) -> FastAPI
     app.get("/metrics", response_model=None)(api.metrics)
     app.post("/reconnect", response_model=None)(api.reconnect)
     app.websocket("/ws")(api.websocket)
+    describe(app, (ChatRequest, CompletionRequest, PromptRequest))
     return app
 
 
@@ -92,7 +97,7 @@ class _Api:
     # ---- OpenAI's paths
 
     async def chat_completions(self, body: ChatRequest, http: Request) -> Response:
-        """OpenAI's chat completions."""
+        """The next message of a conversation, as OpenAI's chat completions."""
         service = self._service
         self._check_model(body.model)
         prompt = await _apart(service.encode_chat, [message.plain() for message in body.messages])
@@ -138,7 +143,7 @@ class _Api:
         yield "data: [DONE]\n\n"
 
     async def completions(self, body: CompletionRequest, http: Request) -> Response:
-        """OpenAI's completions."""
+        """How a text goes on, as OpenAI's completions."""
         service = self._service
         self._check_model(body.model)
         given = body.text_or_ids()
@@ -183,7 +188,7 @@ class _Api:
         return {"object": "list", "data": [self._model()]}
 
     async def model(self, model: str) -> JsonObject:
-        """It, by its id."""
+        """The served model, by its id."""
         self._check_model(model)
         return self._model()
 
@@ -201,10 +206,10 @@ class _Api:
             )
 
     def _chat_logprobs(self, tokens: list[Sampled]) -> JsonObject:
-        return chat_logprobs(tokens, lambda token: self._service.decode([token]))
+        return chat_logprobs(tokens, self._service.token_text)
 
     def _text_logprobs(self, tokens: list[Sampled], offset: int) -> tuple[JsonObject, int]:
-        return completion_logprobs(tokens, lambda token: self._service.decode([token]), offset)
+        return completion_logprobs(tokens, self._service.token_text, offset)
 
     # ---- our own
 
@@ -284,7 +289,7 @@ class _Api:
         return {"status": "reconnecting"}
 
     async def health(self) -> Response:
-        """200: it answers."""
+        """Whether it answers: 200, or 503 while nobody computes."""
         engine = self._service.engine
         if engine.failure is not None:
             return JSONResponse({"status": "unavailable", "reason": engine.failure}, status_code=503)
@@ -416,9 +421,7 @@ class _Refusal(Exception):
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg']}" if where else str(first["msg"])
+        return told_wrong(error.errors())[0]
     return str(error)
 
 
@@ -431,11 +434,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, error: RequestValidationError) -> Response:
-        first: Any = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(where) or None
-        body = error_body(f"{param}: {first['msg']}" if param else first["msg"], "invalid_request_error", param=param)
-        return JSONResponse(body, status_code=400)
+        message, param = told_wrong(error.errors())
+        return JSONResponse(error_body(message, "invalid_request_error", param=param), status_code=400)
 
     @app.exception_handler(ContextOverflow)
     async def _(_: Request, error: ContextOverflow) -> Response:
