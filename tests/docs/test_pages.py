@@ -151,11 +151,9 @@ def test_the_readmes_cluster_file_is_the_example() -> None:
         assert example in [yaml.safe_load(block.text) for block in pages.blocks(page, "yaml")], pages.name(page)
 
 
-def generator() -> ModuleType:
-    """docs/generate_configuration.py, as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "generate_configuration", pages.ROOT / "docs" / "generate_configuration.py"
-    )
+def generator(name: str = "generate_configuration") -> ModuleType:
+    """A script of docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, pages.ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -166,6 +164,13 @@ def generator() -> ModuleType:
 def test_the_table_of_keys_is_what_the_schema_says() -> None:
     text = BY_NAME["docs/configuration.md"].read_text(encoding="utf-8")
     assert generator().page(text) == text, "run: python docs/generate_configuration.py"
+
+
+def test_the_api_is_what_the_server_says() -> None:
+    pytest.importorskip("fastapi", reason="needs the extra serve")
+    pytest.importorskip("prometheus_client", reason="needs the extra serve")
+    text = BY_NAME["docs/api.md"].read_text(encoding="utf-8")
+    assert generator("generate_api").page(text) == text, "run: python docs/generate_api.py"
 
 
 def test_every_key_that_is_marked_as_later_exists() -> None:

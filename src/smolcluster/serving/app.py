@@ -12,11 +12,13 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from smolcluster.kinds import JsonObject
-from smolcluster.serving.chat_api import ChatApi
+from smolcluster.serving.chat_api import ChatApi, PromptRequest
 from smolcluster.serving.conversations import Conversations
 from smolcluster.serving.guard import Guard
 from smolcluster.serving.metrics import CONTENT_TYPE, ServingMetrics
+from smolcluster.serving.openai import ChatRequest, CompletionRequest
 from smolcluster.serving.openai_api import OpenAIApi
+from smolcluster.serving.openapi import describe
 from smolcluster.serving.refusals import add_errors
 from smolcluster.serving.service import Service
 from smolcluster.serving.sessions import SessionStore
@@ -46,6 +48,7 @@ def make_app(
     OpenAIApi(service).add_to(app)
     ChatApi(service, kept).add_to(app)
     _OperatorApi(service, metrics).add_to(app)
+    describe(app, (ChatRequest, CompletionRequest, PromptRequest))
     return app
 
 
@@ -83,7 +86,7 @@ class _OperatorApi:
         return {"status": "reconnecting"}
 
     async def health(self) -> Response:
-        """200: it answers."""
+        """Whether it answers: 200, or 503 while nobody computes."""
         engine = self._service.engine
         if engine.failure is not None:
             return JSONResponse({"status": "unavailable", "reason": engine.failure}, status_code=503)

@@ -35,9 +35,13 @@ class PromptRequest(AnswerBody):
     """Body of `POST /chat`, and of a request over `/ws`."""
 
     text: str | None = None
+    """What the user says."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    """Or a whole conversation, oldest message first."""
     session_id: _Id | None = None
+    """Of a conversation that the server keeps: `text` follows it, `messages` replace it."""
     request_id: _Id | None = None
+    """By which the answer can be listened to again; with a session_id only. null: any."""
 
     @model_validator(mode="after")
     def _one_prompt(self) -> PromptRequest:

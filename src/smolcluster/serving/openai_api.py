@@ -41,7 +41,7 @@ class OpenAIApi:
         app.get("/v1/models/{model:path}", response_model=None)(self.model)
 
     async def chat_completions(self, body: ChatRequest, http: Request) -> Response:
-        """OpenAI's chat completions."""
+        """The next message of a conversation, as OpenAI's chat completions."""
         service = self._service
         self._check_model(body.model)
         prompt = await asyncio.to_thread(service.encode_chat, [message.plain() for message in body.messages])
@@ -87,7 +87,7 @@ class OpenAIApi:
         yield "data: [DONE]\n\n"
 
     async def completions(self, body: CompletionRequest, http: Request) -> Response:
-        """OpenAI's completions."""
+        """How a text goes on, as OpenAI's completions."""
         service = self._service
         self._check_model(body.model)
         given = body.text_or_ids()
@@ -132,7 +132,7 @@ class OpenAIApi:
         return {"object": "list", "data": [self._model()]}
 
     async def model(self, model: str) -> JsonObject:
-        """It, by its id."""
+        """The served model, by its id."""
         self._check_model(model)
         return self._model()
 
@@ -150,10 +150,10 @@ class OpenAIApi:
             )
 
     def _chat_logprobs(self, tokens: list[Sampled]) -> JsonObject:
-        return chat_logprobs(tokens, lambda token: self._service.decode([token]))
+        return chat_logprobs(tokens, self._service.token_text)
 
     def _text_logprobs(self, tokens: list[Sampled], offset: int) -> tuple[JsonObject, int]:
-        return completion_logprobs(tokens, lambda token: self._service.decode([token]), offset)
+        return completion_logprobs(tokens, self._service.token_text, offset)
 
 
 class _Told:

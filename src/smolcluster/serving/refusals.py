@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -13,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from smolcluster.errors import ServingError
 from smolcluster.serving.conversations import Conflict, Unknown
-from smolcluster.serving.openai import error_body
+from smolcluster.serving.openai import error_body, told_wrong
 from smolcluster.serving.requests import ContextOverflow, QueueFull, Unavailable
 from smolcluster.serving.sessions import StoreFailed
 
@@ -46,9 +45,7 @@ class Refusal(Exception):
 def reason(error: Exception) -> str:
     """What is wrong, in words."""
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg']}" if where else str(first["msg"])
+        return told_wrong(error.errors())[0]
     return str(error)
 
 
@@ -61,11 +58,8 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, error: RequestValidationError) -> Response:
-        first: Any = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(where) or None
-        body = error_body(f"{param}: {first['msg']}" if param else first["msg"], "invalid_request_error", param=param)
-        return JSONResponse(body, status_code=400)
+        message, param = told_wrong(error.errors())
+        return JSONResponse(error_body(message, "invalid_request_error", param=param), status_code=400)
 
     @app.exception_handler(ContextOverflow)
     async def _(_: Request, error: ContextOverflow) -> Response:

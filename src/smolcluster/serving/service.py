@@ -89,8 +89,12 @@ class Service:
         """Ids of a prompt; `is_whole`: the special tokens that belong around it are in it.
 
         Raises:
-            ServingError: there are none.
+            ServingError: there are none, or it is not a text that UTF-8 can say.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:  # JSON can: "\ud800"
+            raise ServingError("the prompt has half of a surrogate pair, which is no character. Leave it out") from exc
         encode = self._tokenizer.encode_whole if is_whole else self._tokenizer.encode
         ids: list[int] = encode(text).tolist()
         if not ids:
@@ -100,6 +104,10 @@ class Service:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ids."""
         return self._tokenizer.decode(torch.tensor(tokens, dtype=torch.int64))
+
+    def token_text(self, token: int) -> str:
+        """What a token adds to a text; by itself it might lose a space before it."""
+        return self.decode([token, token])[len(self.decode([token])) :]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the answer begins."""
@@ -173,6 +181,7 @@ class Answer:
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Every event, to the last one."""
         while True:
+            await asyncio.sleep(0)  # where events have piled up: others have their turn, and a client may be gone
             event = await self._events.get()
             yield event
             if event.finish_reason is not None:
