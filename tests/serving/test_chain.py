@@ -123,7 +123,8 @@ def test_messages_come_back_as_they_were() -> None:
     batch = MicroBatch(7, [Segment(3, 5, 2), Segment(0, 0, 1)], (9, 9, 9), [(3, 1), (0, 2)], opened)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = torch.randn(3, 5).to(dtype)
-        found, rows = unpack_batch(pack_batch(batch, x))
+        found, rows, seconds = unpack_batch(pack_batch(batch, x, [0.25, 0.125]))
+        assert seconds == [0.25, 0.125]
         assert torch.equal(rows, x)
         assert rows.dtype == dtype
         assert (found.number, found.segments, found.wanted) == (7, batch.segments, batch.wanted)
@@ -131,5 +132,5 @@ def test_messages_come_back_as_they_were() -> None:
         assert found.opened[0].sampling == Sampling()
     ids = torch.tensor([5, 6])
     assert torch.equal(unpack_batch(pack_batch(batch, ids))[1], ids)
-    tokens = NewTokens(4, {1: Sampled(5), 2: Sampled(6, -0.25, ((6, -0.25), (1, -2.5)))})
+    tokens = NewTokens(4, {1: Sampled(5), 2: Sampled(6, -0.25, ((6, -0.25), (1, -2.5)))}, (0.5, 1e-6))
     assert unpack_tokens(pack_tokens(tokens)) == tokens

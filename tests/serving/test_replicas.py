@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import pytest
 from serving.test_engine import SAMPLED, Asked, CountingExecutor, decode, expected, make_executor, make_folder, prompts
 from smolcluster.errors import PeerLost, ServingError, SmolError
 from smolcluster.serving.engine import Engine
-from smolcluster.serving.executor import Executor, MicroBatch
+from smolcluster.serving.executor import Executor, MicroBatch, NewTokens
 from smolcluster.serving.queue import StreamQueue
+from smolcluster.serving.replica import Observer
 from smolcluster.serving.requests import Event, Request, Unavailable
 from smolcluster.serving.sampling import Sampling
 
@@ -201,3 +203,35 @@ def test_events_of_one_stream_stay_in_order(llama: Path, close: Callable[[Engine
         events: list[Event] = each.wait().events
         assert each.text == decode(each.tokens)
         assert [event.finish_reason is None for event in events] == [True] * (len(events) - 1) + [False]
+
+
+def test_observers_hear_what_stages_take_and_what_lies_between(llama: Path, close: Callable[[Engine], Engine]) -> None:
+    class Noting(Observer):
+        def __init__(self) -> None:
+            self.seconds: list[tuple[int, float]] = []
+            self.hops: list[float] = []
+
+        def computed(self, stage: int, seconds: float) -> None:
+            self.seconds.append((stage, seconds))
+
+        def hopped(self, seconds: float) -> None:
+            self.hops.append(seconds)
+
+    class Distant(CountingExecutor):
+        """Two stages that take 10 ms each, and 5 ms from one to the other and back."""
+
+        def submit(self, batch: MicroBatch) -> None:
+            time.sleep(0.03)
+            super().submit(batch)
+
+        def result(self) -> NewTokens:
+            return replace(super().result(), seconds=(0.01, 0.01), hops=2)
+
+    executor = make_executor(llama)
+    executor.__class__ = Distant
+    noting = Noting()
+    engine = close(Engine([(executor, None)], decode, observer=noting))
+    Asked(engine, Request([1], 10)).wait()
+    assert noting.seconds == [(0, 0.01), (1, 0.01)] * 10
+    assert len(noting.hops) == 10
+    assert 0.005 <= min(noting.hops) < 0.02

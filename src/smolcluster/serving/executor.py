@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,10 +56,19 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """What came of a micro-batch: a token for each slot that wanted one."""
+    """What came of a micro-batch.
+
+    Attributes:
+        number: the micro-batch's.
+        tokens: one for each slot that wanted one.
+        seconds: that each stage has computed for it, in order; the rest was spent between them.
+        hops: messages that this took, from stage to stage and back.
+    """
 
     number: int
     tokens: Mapping[int, Sampled]
+    seconds: Sequence[float] = ()
+    hops: int = 0
 
 
 class LayerDecoder(Protocol):
@@ -124,9 +134,10 @@ class LocalExecutor:
 
     def submit(self, batch: MicroBatch) -> None:
         """Compute it."""
+        began = time.perf_counter()
         logits = self._decoder(torch.tensor(batch.tokens), batch.segments, [row for _, row in batch.wanted])
         tokens = sample(self._samplers, batch.opened, [slot for slot, _ in batch.wanted], logits)
-        self._done.append(NewTokens(batch.number, tokens))
+        self._done.append(NewTokens(batch.number, tokens, (time.perf_counter() - began,)))
 
     def result(self) -> NewTokens:
         """What came of it."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from smolcluster.serving.engine import Engine
 from smolcluster.serving.replica import Observer
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_HOP = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40)
 _WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
@@ -29,6 +30,11 @@ class ServingMetrics(Observer):
         self._engine: Engine | None = None
         self._first = self._histogram("time_to_first_token_seconds", "From the request to its first token.", _FIRST)
         self._gap = self._histogram("inter_token_latency_seconds", "From a token to the next one.", _GAP)
+        self._hop = self._histogram("hop_seconds", "From a stage to the next one, or back; where one computes.", _HOP)
+        text = "Seconds that each stage has computed."
+        self._computed = Counter(
+            "smolcluster:stage_compute_seconds", text, ["model_name", "stage"], registry=self._registry
+        )
         self._whole = self._histogram("e2e_request_latency_seconds", "From the request to its end.", _WHOLE)
 
     def watch(self, engine: Engine) -> None:
@@ -51,6 +57,14 @@ class ServingMetrics(Observer):
     def ended(self, seconds: float) -> None:
         """See Observer."""
         self._whole.observe(seconds)
+
+    def computed(self, stage: int, seconds: float) -> None:
+        """See Observer."""
+        self._computed.labels(self._model, stage).inc(seconds)
+
+    def hopped(self, seconds: float) -> None:
+        """See Observer."""
+        self._hop.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
         """The engine's own numbers; called by the registry."""

@@ -59,6 +59,12 @@ class Observer:
     def ended(self, seconds: float) -> None:
         """From a request to its end."""
 
+    def computed(self, stage: int, seconds: float) -> None:
+        """A stage has computed a micro-batch."""
+
+    def hopped(self, seconds: float) -> None:
+        """From a stage to the next one, or back: packing, sending, waking up; of those of one micro-batch the mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -97,7 +103,8 @@ class Replica:
         self._under_way: deque[MicroBatch] = deque()
         self._chunk = ChunkSize()
         self._batches = 0
-        self._is_reconnecting = False
+        self._is_reconnecting = self._is_alone = False
+        self._began = 0.0  # the newest micro-batch; _is_alone: no other was under way then
         with queue.news:
             queue.desks.append(self)
         self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
@@ -252,6 +259,8 @@ class Replica:
         limits = Limits(self._executor.depth, self._chunk.tokens, fixed_chunk=self._rules.fixed_chunk)
         while segments := plan(self._states(), len(self._under_way), limits):
             batch = self._batch(segments)
+            self._is_alone = not self._under_way
+            self._began = time.perf_counter()
             self._under_way.append(batch)
             self._chunk.begin()
             self._executor.submit(batch)
@@ -284,10 +293,18 @@ class Replica:
         found: NewTokens = self._executor.result()
         batch = self._under_way.popleft()
         self._chunk.end(batch.segments)
+        self._note(found)
         for slot, sampled in found.tokens.items():
             stream = self.streams[slot]
             stream.is_busy = False
             self._take(stream, sampled)
+
+    def _note(self, found: NewTokens) -> None:
+        observer = self._rules.observer
+        for stage, seconds in enumerate(found.seconds):
+            observer.computed(stage, seconds)
+        if found.hops and self._is_alone:  # else some of the time it waited for others to be computed
+            observer.hopped(max(0.0, time.perf_counter() - self._began - sum(found.seconds)) / found.hops)
 
     def _take(self, stream: Stream, sampled: Sampled) -> None:
         """A new token of a stream."""

@@ -10,6 +10,8 @@ micro-batches are under way as rank 0 begins.
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -68,10 +70,12 @@ class ChainExecutor:
 
     def submit(self, batch: MicroBatch) -> None:
         """Compute the first layers, and let the next stage go on."""
-        x = torch.tensor(batch.tokens)
+        x, seconds = torch.tensor(batch.tokens), []
         if self._decoder is not None:
+            began = time.perf_counter()
             x = self._decoder(x, batch.segments).cpu()
-        self._ring.send(pack_batch(batch, x))
+            seconds.append(time.perf_counter() - began)
+        self._ring.send(pack_batch(batch, x, seconds))
 
     def result(self) -> NewTokens:
         """Of the oldest micro-batch under way; blocks.
@@ -79,7 +83,7 @@ class ChainExecutor:
         Raises:
             PeerLost: a stage is gone.
         """
-        return unpack_tokens(self._ring.receive())
+        return replace(unpack_tokens(self._ring.receive()), hops=self._ring.world_size)
 
     def failure(self) -> SmolError | None:
         """Which stage is gone."""
@@ -110,10 +114,12 @@ def run_stage(ring: Ring, decoder: LayerDecoder) -> None:
             if not is_last:
                 ring.send(message)
             return
-        batch, x = unpack_batch(message)
+        batch, x, seconds = unpack_batch(message)
+        began = time.perf_counter()
         if not is_last:
-            ring.send(pack_batch(batch, decoder(x, batch.segments).cpu()))
+            x = decoder(x, batch.segments).cpu()
+            ring.send(pack_batch(batch, x, [*seconds, time.perf_counter() - began]))
             continue
         logits = decoder(x, batch.segments, [row for _, row in batch.wanted])
         tokens = sample(samplers, batch.opened, [slot for slot, _ in batch.wanted], logits)
-        ring.send(pack_tokens(NewTokens(batch.number, tokens)))
+        ring.send(pack_tokens(NewTokens(batch.number, tokens, [*seconds, time.perf_counter() - began])))

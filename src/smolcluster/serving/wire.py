@@ -10,6 +10,7 @@ A message is one uint8 tensor, so it is one frame of the communicator, with its 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,18 +23,26 @@ from smolcluster.serving.sampling import Sampled, Sampling
 
 ALIGNMENT = 64
 _LENGTH_BYTES = 4
+_DECIMALS = 6
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64,
 )}  # fmt: skip
 
 
-def pack_batch(batch: MicroBatch, x: Tensor) -> Tensor:
-    """A micro-batch for the next stage; `x`: ids (N,), or what the layers so far have given (N, D)."""
+def pack_batch(batch: MicroBatch, x: Tensor, seconds: Sequence[float] = ()) -> Tensor:
+    """A micro-batch for the next stage.
+
+    Args:
+        batch: as it came.
+        x: ids (N,), or what the layers so far have given (N, D).
+        seconds: that the stages so far have computed.
+    """
     header: dict[str, Any] = {
         "number": batch.number,
         "segments": [tuple(segment) for segment in batch.segments],
         "wanted": batch.wanted,
         "rows": [str(x.dtype).removeprefix("torch."), *x.shape],
+        "seconds": [round(each, _DECIMALS) for each in seconds],
     }
     if batch.opened:
         header["opened"] = [
@@ -43,7 +52,7 @@ def pack_batch(batch: MicroBatch, x: Tensor) -> Tensor:
     return _pack(header, x)
 
 
-def unpack_batch(message: Tensor) -> tuple[MicroBatch, Tensor]:
+def unpack_batch(message: Tensor) -> tuple[MicroBatch, Tensor, list[float]]:
     """What `pack_batch` has packed, without the tokens; the rows share the message's memory."""
     header, rest = _unpack(message)
     name, *shape = header["rows"]
@@ -53,13 +62,14 @@ def unpack_batch(message: Tensor) -> tuple[MicroBatch, Tensor]:
     }
     segments = [Segment(*segment) for segment in header["segments"]]
     batch = MicroBatch(header["number"], segments, (), [(slot, row) for slot, row in header["wanted"]], opened)
-    return batch, rest.view(_DTYPES[name]).view(shape)
+    return batch, rest.view(_DTYPES[name]).view(shape), header["seconds"]
 
 
 def pack_tokens(found: NewTokens) -> Tensor:
     """New tokens for the engine."""
     tokens = [[slot, each.token, each.logprob, each.top, each.failure] for slot, each in found.tokens.items()]
-    return _pack({"number": found.number, "tokens": tokens}, None)
+    seconds = [round(each, _DECIMALS) for each in found.seconds]
+    return _pack({"number": found.number, "tokens": tokens, "seconds": seconds}, None)
 
 
 def unpack_tokens(message: Tensor) -> NewTokens:
@@ -69,7 +79,7 @@ def unpack_tokens(message: Tensor) -> NewTokens:
         slot: Sampled(token, logprob, tuple((int(each), float(value)) for each, value in top), failure)
         for slot, token, logprob, top, failure in header["tokens"]
     }
-    return NewTokens(header["number"], tokens)
+    return NewTokens(header["number"], tokens, tuple(header["seconds"]))
 
 
 def _pack(header: dict[str, Any], x: Tensor | None) -> Tensor:
