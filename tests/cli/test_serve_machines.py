@@ -66,6 +66,9 @@ class Machines:
     def start_all(self, *arguments: object) -> None:
         for name in reversed(self.names):
             self.start(name, *arguments)
+        self.wait_served()
+
+    def wait_served(self) -> None:
         controller = self.processes[self.names[0]]
         assert controller.stderr is not None
         said = ""
@@ -148,6 +151,21 @@ def test_three_machines_lose_one_and_get_it_back(tmp_path: Path, end_all: list[M
         assert machines.processes[name].returncode == 130
         assert "computes layers for alpha" in said
         assert "Traceback" not in said
+
+
+def test_nodes_wait_for_a_controller_that_has_ended(tmp_path: Path, end_all: list[Machines], answer: str) -> None:
+    machines = Machines(tmp_path, ["alpha", "beta"], "")
+    end_all.append(machines)
+    machines.start_all("--dtype", "fp64")
+    assert machines.ask() == answer
+    controller = machines.processes["alpha"]
+    controller.send_signal(signal.SIGTERM)
+    controller.communicate(timeout=30)
+    assert controller.returncode == 0
+    machines.start("alpha", "--dtype", "fp64")
+    machines.wait_served()
+    assert machines.get("/config")["nodes"] == ["alpha", "beta"]
+    assert machines.ask() == answer
 
 
 def test_a_controller_without_layers_has_a_spare(tmp_path: Path, end_all: list[Machines], answer: str) -> None:

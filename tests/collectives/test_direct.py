@@ -16,6 +16,7 @@ from smolcluster.cluster.generations import meet
 from smolcluster.cluster.world import Member, View
 from smolcluster.collectives.direct import DirectRing
 from smolcluster.errors import CollectiveMismatch, PeerLost, SmolError
+from smolcluster.transport import frame
 from smolcluster.transport.tcp import TcpNetwork, TcpOptions, listen
 
 PATIENCE = 1.0
@@ -110,3 +111,42 @@ def test_a_message_that_is_not_the_next_one_is_refused() -> None:
     found = on_ring(2, go)
     assert all(isinstance(error, CollectiveMismatch) for error in found)
     assert "message 0 of generation 7" in str(found[1])
+
+
+class Cut:
+    """A channel that sends the first bytes of a message only, and says that it has sent all."""
+
+    def __init__(self, channel: Any, count: int) -> None:
+        self._channel, self._count = channel, count
+
+    def try_send(self, buffers: list[memoryview]) -> int:
+        self._channel.try_send([memoryview(b"".join(buffers))[: self._count]])
+        return sum(len(buffer) for buffer in buffers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+
+@pytest.mark.parametrize("count", [1, frame.PRELUDE_BYTES + 8, frame.PRELUDE_BYTES + 50])
+def test_half_a_frame_and_then_nothing_is_a_loss(count: int) -> None:
+    def go(ring: DirectRing) -> None:
+        if ring.rank == 1:
+            ring._out = Cut(ring._out, count)
+            ring.send(torch.zeros(100, dtype=torch.uint8))
+        ring.receive()
+
+    began = time.monotonic()
+    found = on_ring(3, go)
+    assert time.monotonic() - began < 3 * PATIENCE
+    assert [error.rank for error in found] == [1, 1, 1]
+    assert all("half a frame, then nothing for 1 s" in str(error) for error in found)
+
+
+def test_who_computes_for_longer_than_patience_is_not_lost() -> None:
+    def go(ring: DirectRing) -> int:
+        if ring.rank == 1:
+            threading.Event().wait(1.5 * PATIENCE)
+        ring.send(torch.zeros(100, dtype=torch.uint8))
+        return len(ring.receive())
+
+    assert on_ring(2, go) == [100, 100]

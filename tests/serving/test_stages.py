@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -13,8 +14,10 @@ import torch
 
 from models.hf_folders import make_hf_folder
 from serving.test_engine import Asked, expected
+from smolcluster.cluster.generations import GenerationWorld
 from smolcluster.config.schema import ServingConfig
 from smolcluster.errors import ConfigError, SmolError
+from smolcluster.models.decoder import Decoder
 from smolcluster.run.serve import make_service
 from smolcluster.run.stages import Layout
 from smolcluster.serving.layer_store import LayerStore
@@ -123,6 +126,27 @@ def test_a_stage_that_dies_while_nobody_asks_is_noticed(folder: Path, answers: l
         assert service.engine.counts.recoveries == 1
         service.engine.reconnect()
         assert [each.wait().tokens for each in ask_all(service)] == answers
+    finally:
+        service.close()
+
+
+def test_chains_that_are_over_are_forgotten(folder: Path, tmp_path: Path) -> None:
+    def count(kind: type) -> int:
+        gc.collect()
+        return sum(type(each) is kind for each in gc.get_objects())
+
+    before = count(Decoder)
+    service = serve(folder, 2, tmp_path)
+    try:
+        worlds = count(GenerationWorld)
+        for number in range(1, 4):
+            service.engine.reconnect()
+            deadline = time.monotonic() + 10
+            while service.engine.counts.recoveries < number and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert service.engine.counts.recoveries == 3
+        assert count(Decoder) == before + 1  # with its weights and its cache
+        assert count(GenerationWorld) <= worlds + 1  # that of the first chain, which whoever began it still has
     finally:
         service.close()
 

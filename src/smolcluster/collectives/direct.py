@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from smolcluster.cluster.world import GRACE, World
-from smolcluster.errors import CollectiveMismatch, PeerLost, SmolError
+from smolcluster.errors import CollectiveMismatch, ConnectionLost, PeerLost, SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
 from smolcluster.transport.frame import KIND_MESSAGE, MAX_UNSIZED_BYTES, Prelude
@@ -97,12 +97,13 @@ class DirectRing:
         """The next message of the rank before, (n,) uint8; blocks until it is there.
 
         Raises:
-            PeerLost: a rank is lost; or what else ended the world.
+            PeerLost: a rank is lost, or sent a part of a message and then nothing for the world's patience; or what
+                else ended the world.
             CollectiveMismatch: it is of another generation, or not the next one.
         """
         head = memoryview(bytearray(frame.PRELUDE_BYTES + _DIM_BYTES))
         try:
-            self._fill(head)
+            self._fill(head, has_begun=False)
             prelude = frame.unpack(head[: frame.PRELUDE_BYTES])
             expected = (KIND_MESSAGE, _UINT8, self._generation, self._received & 0xFFFFFFFF, 1)
             if (prelude.kind, prelude.dtype, prelude.generation, prelude.tag, prelude.ndim) != expected:
@@ -112,7 +113,7 @@ class DirectRing:
                 )
             [count] = frame.unpack_dims(head[frame.PRELUDE_BYTES :], prelude, MAX_UNSIZED_BYTES)
             message = torch.empty(count, dtype=torch.uint8)
-            self._fill(raw_bytes(message))
+            self._fill(raw_bytes(message), has_begun=True)
         except (SmolError, ValueError, OSError) as error:
             raise self._reason(error, self._before) from error
         self._received += 1
@@ -133,13 +134,24 @@ class DirectRing:
         self._world.close()
         self._fail(PeerLost("this rank has left", self.rank))
 
-    def _fill(self, buffer: memoryview) -> None:
-        got = 0
+    def _fill(self, buffer: memoryview, *, has_begun: bool) -> None:
+        """Wait for bytes: for the first one of a message as long as it takes, for the others not longer than patience.
+
+        Who computes says nothing; who has begun to send only goes on with that.
+        """
+        got, silence, patience = 0, 0.0, self._world.patience
         while got < len(buffer):
-            count = self._in.try_recv_into(buffer[got:])
-            if not count:
-                _wait(self._in, is_sending=False)
-            got += count
+            if count := self._in.try_recv_into(buffer[got:]):
+                got, silence = got + count, 0.0
+                continue
+            if silence > patience:
+                reason = f"it sent half a frame, then nothing for {patience:g} s"
+                self._world.report_lost(self._before, reason, may_return=True)
+                raise ConnectionLost(reason)
+            began = time.monotonic()
+            _wait(self._in, is_sending=False)
+            if has_begun or got:  # a longer wait is one in which this process was suspended
+                silence += min(time.monotonic() - began, _LOOK_SECONDS)
 
     def _fail(self, error: SmolError) -> None:
         """On any thread: whoever waits is to wake."""

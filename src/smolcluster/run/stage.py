@@ -133,7 +133,7 @@ def run_stages_of(place: StagePlace, folder: Path, device: str, options: Mapping
             error = StageNode(session, listen_here, network, open_store, device, patience).run()
         finally:
             session.close()
-        logger.warning("session over, joining again reason=%s", error)
+        logger.warning("session over, joining again reason=%s", error or "the controller has ended")
 
 
 def serve_layers(place: StagePlace, name: str, device: str) -> NoReturn:

@@ -69,6 +69,7 @@ class StageNode:
         session.on("measure", lambda _, message: self._told("measure", message))
         session.on("assign", lambda _, message: self._told("assign", message))
         session.on("meet", lambda _, message: self._told("meet", message))
+        session.on("end", lambda _, message: self._told("end", message))
         session.on_failure(lambda error: self._told("end", {}))
 
     def run(self) -> SmolError | None:

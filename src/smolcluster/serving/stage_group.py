@@ -74,6 +74,7 @@ class StageGroup:
         self._store, self._size, self._plan = store, size, plan
         self._wanted, self._own = stages - (own is not None), own
         self._chain: ChainExecutor | None = None
+        self._unwatch: list[Callable[[], None]] = []  # of the newest chain's nodes
         self.stages: list[tuple[str, range]] = []
 
     def chain(self, *, timeout: float, needs_all: bool = False) -> Executor:
@@ -188,7 +189,7 @@ class StageGroup:
 
         def watch(world: World) -> None:
             for rank, node in enumerate(nodes, start=1):
-                node.world.on_failure(partial(_lose, world, rank, node.name))
+                self._unwatch.append(node.world.on_failure(partial(_lose, world, rank, node.name)))
 
         world = meet(0, view, listener, self._network, patience=hub.patience, timeout=timeout, begun=watch)
         try:
@@ -233,6 +234,9 @@ class StageGroup:
         if self._chain is not None:
             self._chain.abandon()
             self._chain = None
+        for forget in self._unwatch:  # or a node's session would keep the worlds of all chains that it was part of
+            forget()
+        self._unwatch = []
 
 
 def _lose(world: World, rank: int, name: str, error: SmolError) -> None:

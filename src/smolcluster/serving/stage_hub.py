@@ -7,6 +7,7 @@ What they compute is decided for each chain of stages (stage_group.py).
     controller -> node    assign   generation, run_id, rank, layers, slots, length, dtype, is_deterministic
     node -> controller    loaded   generation, address; or failed: generation, reason
     controller -> node    meet     generation, members
+    controller -> node    end      it will not come back; another one may
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ class StageHub:
         with self.news:
             nodes = list(self._nodes.values())
         for node in nodes:
+            node.world.send(WORKER, "end", {})
             node.world.leave()
             node.ended.set()
         self._reception.close()
@@ -160,6 +162,8 @@ class StageHub:
 
     def _grant(self, newcomer: Newcomer) -> Granted:
         with self.news:
+            if self._is_closing:
+                raise Wait("the server is shutting down")
             known = self._nodes.get(newcomer.rank)
             if known is not None and known.newcomer.instance != newcomer.instance:
                 raise Wait(f"node {newcomer.rank} is here already")
@@ -176,6 +180,8 @@ class StageHub:
         world.on("failed", lambda _, message: self._answered(node, message))
         with self.news:
             self._nodes[newcomer.rank] = node
+            if self._is_closing:  # since it was granted: `close` may not know of it
+                node.ended.set()
             self.news.notify_all()
         world.on_failure(lambda error: node.ended.set())
         if self._measures:

@@ -96,6 +96,7 @@ class ChainExecutor:
 
     def abandon(self) -> None:
         """End the chain whatever is under way; the stages notice."""
+        self._decoder = None  # its memory is for the next chain, even if somebody still has this one
         self._ring.abort(ServingError("the chain is over"))
         self._ring.close()
 
