@@ -175,5 +175,5 @@ def test_auto_is_the_dtype_whose_products_take_least(folder: Path, monkeypatch: 
     measured = LayerStore(folder, "auto")
     assert measured.dtype in ("fp32", "bf16", "fp16")
     machine = layer_store.measure_machine(measured.config, "int8", "cpu")
-    assert 1e7 < machine.bytes_per_s < 1e13
+    assert 1e5 < machine.bytes_per_s < 1e13
     assert 1e8 < machine.free_bytes < 1e14

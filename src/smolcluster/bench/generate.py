@@ -77,10 +77,10 @@ def bench_generate(model: str, options: Options) -> JsonObject:
     try:
         generator = torch.Generator().manual_seed(0)
         sides: dict[str, Callable[[torch.Tensor], None]] = {
-            "ours": lambda texts: _write(service.engine, texts, options.tokens)
+            "ours": lambda texts: write_all(service.engine, texts, options.tokens)
         }
         if options.against is not None:
-            sides["against"] = _transformers(model, options)
+            sides["against"] = transformers_side(model, options)
         rates: dict[str, list[float]] = {name: [] for name in sides}
         # The first is not counted: memory has to be there, and the length of a prompt's pieces.
         for pair in range(-1, options.pairs):
@@ -115,8 +115,8 @@ def bench_generate(model: str, options: Options) -> JsonObject:
     return found
 
 
-def _write(engine: Engine, texts: torch.Tensor, tokens: int) -> None:
-    """All texts at once, to the end."""
+def write_all(engine: Engine, texts: torch.Tensor, tokens: int) -> None:
+    """Write on texts (B, T), each by a request of its own and all at once; blocks to the end."""
     waits = [threading.Event() for _ in texts]
     failures: list[str] = []
 
@@ -136,7 +136,8 @@ def _write(engine: Engine, texts: torch.Tensor, tokens: int) -> None:
         raise ServingError(failures[0])
 
 
-def _transformers(model: str, options: Options) -> Callable[[torch.Tensor], None]:
+def transformers_side(model: str, options: Options) -> Callable[[torch.Tensor], None]:
+    """What writes on texts (B, T) with transformers, as one batch."""
     transformers = import_extra("transformers", "--against hf")
     dtype = torch.float64 if options.dtype == "fp64" else torch.float32
     with quiet_transformers():

@@ -133,7 +133,10 @@ def run_stages_of(place: StagePlace, folder: Path, device: str, options: Mapping
             error = StageNode(session, listen_here, network, open_store, device, patience).run()
         finally:
             session.close()
-        logger.warning("session over, joining again reason=%s", error or "the controller has ended")
+        if error is None:
+            logger.info("the controller has ended, waiting for it")
+        else:
+            logger.warning("session over, joining again reason=%s", error)
 
 
 def serve_layers(place: StagePlace, name: str, device: str) -> NoReturn:

@@ -175,8 +175,10 @@ class LayerStore:
     """A model's folder, and what has been read of it.
 
     Attributes:
-        config: the model's sizes.
+        folder: the model's.
+        config: its sizes.
         dtype: a key of DTYPES.
+        is_deterministic: see `__init__`.
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class LayerStore:
         self.config: ModelSizes = own or read_hf_config(folder)[1]
         self.dtype = fastest_dtype(self.config, device) if dtype == "auto" else dtype
         self.is_deterministic = is_deterministic
-        self._folder = folder
+        self.folder = folder
         activations, kind = DTYPES[self.dtype]
         self._itemsize = activations.itemsize
         self._loader: LayerLoader
@@ -241,5 +243,5 @@ class LayerStore:
             ConfigError: the model cannot be cut there, or does not run.
             CheckpointError: the files are damaged.
         """
-        with TensorFiles(self._folder) as files:
+        with TensorFiles(self.folder) as files:
             return self._loader.load(files, layers, slots=size.slots, length=size.length)
