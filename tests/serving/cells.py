@@ -178,7 +178,7 @@ def _stages(model: Model, cuts: Sequence[int], *, is_isolated: bool) -> Iterator
     if len(stages) == 1:
         yield LocalExecutor(decoders[0])
         return
-    queues = [SimpleQueue[Tensor]() for _ in stages]
+    queues = [SimpleQueue[bytes]() for _ in stages]
     rings = [QueueRing(rank, queues) for rank in range(len(stages))]
     ranks = [
         threading.Thread(target=run_stage, args=each, daemon=True) for each in zip(rings[1:], decoders[1:], strict=True)

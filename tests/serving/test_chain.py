@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from models.hf_folders import make_hf_folder
 from serving.test_engine import LENGTH, SAMPLED, Asked, decode, expected, prompts
@@ -58,15 +57,15 @@ def load(folder: Path, layers: range) -> Any:
 class QueueRing:
     """A ring of threads, without a network."""
 
-    def __init__(self, rank: int, queues: list[SimpleQueue[Tensor]]) -> None:
+    def __init__(self, rank: int, queues: list[SimpleQueue[bytes]]) -> None:
         self.rank, self.world_size = rank, len(queues)
         self._queues = queues
 
-    def send(self, message: Tensor) -> None:
-        self._queues[(self.rank + 1) % self.world_size].put(message.clone())
+    def send(self, parts: Sequence[bytes | memoryview]) -> None:
+        self._queues[(self.rank + 1) % self.world_size].put(b"".join(parts))
 
-    def receive(self) -> Tensor:
-        return self._queues[self.rank].get(timeout=60)
+    def receive(self) -> memoryview:
+        return memoryview(bytearray(self._queues[self.rank].get(timeout=60)))
 
     def failure(self) -> SmolError | None:
         return None
@@ -79,7 +78,7 @@ class QueueRing:
 
 
 def answer_over(folder: Path, stages: Sequence[range], *, has_controller: bool = False) -> list[list[int]]:
-    queues = [SimpleQueue[Tensor]() for _ in range(len(stages) + has_controller)]
+    queues = [SimpleQueue[bytes]() for _ in range(len(stages) + has_controller)]
     rings = [QueueRing(rank, queues) for rank in range(len(queues))]
     ranks = [
         threading.Thread(target=run_stage, args=(ring, load(folder, layers)), daemon=True)
@@ -115,22 +114,35 @@ def test_a_host_without_layers_has_the_engine(folder: Path, answers: list[list[i
     assert answer_over(folder, [range(7)], has_controller=True) == answers
 
 
+def carried(parts: Sequence[bytes | memoryview]) -> memoryview:
+    return memoryview(bytearray(b"".join(parts)))
+
+
 def test_messages_come_back_as_they_were() -> None:
     from smolcluster.models.decoder import Segment
 
     sampling = Sampling(seed=2**62, temperature=0.3, top_k=4, top_p=0.5, min_p=0.1, repetition_penalty=1.5, logprobs=2)
     opened = {3: Opened(sampling, (1, 2, 3), 2), 0: Opened(Sampling(), (4,), 0)}
-    batch = MicroBatch(7, [Segment(3, 5, 2), Segment(0, 0, 1)], (9, 9, 9), [(3, 1), (0, 2)], opened)
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        x = torch.randn(3, 5).to(dtype)
-        found, rows, seconds = unpack_batch(pack_batch(batch, x, [0.25, 0.125]))
-        assert seconds == [0.25, 0.125]
-        assert torch.equal(rows, x)
-        assert rows.dtype == dtype
-        assert (found.number, found.segments, found.wanted) == (7, batch.segments, batch.wanted)
-        assert found.opened[3] == opened[3]
-        assert found.opened[0].sampling == Sampling()
+    segments = [Segment(3, 5, 2), Segment(0, 2**31, 1)]
+    for taken in (opened, {}):
+        batch = MicroBatch(2**32 - 1, segments, (9, 9, 9), [(3, 1), (0, 2)], taken)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(5, 3).to(dtype).T
+            found, rows, seconds = unpack_batch(carried(pack_batch(batch, x, [0.25, 0.125])))
+            assert tuple(seconds) == (0.25, 0.125)
+            assert torch.equal(rows, x)
+            assert rows.dtype == dtype
+            assert (found.number, found.segments, found.wanted) == (2**32 - 1, batch.segments, batch.wanted)
+            assert set(found.opened) == set(taken)
+            if taken:
+                assert found.opened[3] == opened[3]
+                assert found.opened[0].sampling == Sampling()
     ids = torch.tensor([5, 6])
-    assert torch.equal(unpack_batch(pack_batch(batch, ids))[1], ids)
-    tokens = NewTokens(4, {1: Sampled(5), 2: Sampled(6, -0.25, ((6, -0.25), (1, -2.5)))}, (0.5, 1e-6))
-    assert unpack_tokens(pack_tokens(tokens)) == tokens
+    assert torch.equal(unpack_batch(carried(pack_batch(batch, ids)))[1], ids)
+    for tokens in (
+        NewTokens(4, {1: Sampled(5), 2: Sampled(6)}, (0.5,)),
+        NewTokens(4, {1: Sampled(5), 2: Sampled(6, -0.25, ((6, -0.25), (1, -2.5)))}, (0.5, 0.25)),
+        NewTokens(5, {0: Sampled(-1, failure="no number")}),
+        NewTokens(6, {}),
+    ):
+        assert unpack_tokens(carried(pack_tokens(tokens))) == tokens

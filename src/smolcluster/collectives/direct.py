@@ -13,14 +13,13 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from smolcluster.cluster.world import GRACE, World
 from smolcluster.errors import CollectiveMismatch, ConnectionLost, PeerLost, SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
 from smolcluster.transport.frame import KIND_MESSAGE, MAX_UNSIZED_BYTES, Prelude
-from smolcluster.transport.tensors import dtype_code, raw_bytes
+from smolcluster.transport.tensors import dtype_code
 
 _UINT8 = dtype_code(torch.uint8)
 _DIM_BYTES = 8
@@ -62,28 +61,19 @@ class DirectRing:
         self._closing = threading.Lock()
         self._forget = world.on_failure(self._fail)
 
-    def send(self, message: Tensor) -> None:
-        """Give (n,) bytes to the system, for the next rank; blocks while it takes no more.
+    def send(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Give a message to the system, for the next rank; blocks while it takes no more.
+
+        Args:
+            parts: its bytes, which belong behind each other.
 
         Raises:
             PeerLost: a rank is lost; or what else ended the world.
         """
-        prelude = Prelude(
-            KIND_MESSAGE,
-            0,
-            0,
-            _UINT8,
-            0,
-            self._generation,
-            self._sent & 0xFFFFFFFF,
-            0,
-            0,
-            len(message),
-            len(message),
-            1,
-        )
+        count, generation, tag = sum(map(len, parts)), self._generation, self._sent & 0xFFFFFFFF
+        prelude = Prelude(KIND_MESSAGE, 0, 0, _UINT8, 0, generation, tag, 0, 0, count, count, 1)
         self._sent += 1
-        left = [memoryview(frame.pack(prelude, (len(message),))), raw_bytes(message)]
+        left = [memoryview(frame.pack(prelude, (count,))), *(memoryview(part) for part in parts)]
         try:
             while left:
                 taken = self._out.try_send(left)
@@ -93,8 +83,8 @@ class DirectRing:
         except (SmolError, ValueError, OSError) as error:
             raise self._reason(error, self._next) from error
 
-    def receive(self) -> Tensor:
-        """The next message of the rank before, (n,) uint8; blocks until it is there.
+    def receive(self) -> memoryview:
+        """The next message of the rank before; blocks until it is there. Its memory is the caller's.
 
         Raises:
             PeerLost: a rank is lost, or sent a part of a message and then nothing for the world's patience; or what
@@ -112,8 +102,8 @@ class DirectRing:
                     f"{self._received} of generation {self._generation} belongs"
                 )
             [count] = frame.unpack_dims(head[frame.PRELUDE_BYTES :], prelude, MAX_UNSIZED_BYTES)
-            message = torch.empty(count, dtype=torch.uint8)
-            self._fill(raw_bytes(message), has_begun=True)
+            message = memoryview(bytearray(count))
+            self._fill(message, has_begun=True)
         except (SmolError, ValueError, OSError) as error:
             raise self._reason(error, self._before) from error
         self._received += 1

@@ -11,11 +11,11 @@ micro-batches are under way as rank 0 begins.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from smolcluster.errors import ServingError, SmolError
 from smolcluster.serving.executor import LayerDecoder, MicroBatch, NewTokens, sample
@@ -31,11 +31,11 @@ class Ring(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def send(self, message: Tensor) -> None:
-        """Send (n,) uint8 to the next rank."""
+    def send(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Send a message to the next rank."""
         ...
 
-    def receive(self) -> Tensor:
+    def receive(self) -> memoryview:
         """The next message of the rank before; blocks."""
         ...
 
@@ -70,9 +70,9 @@ class ChainExecutor:
 
     def submit(self, batch: MicroBatch) -> None:
         """Compute the first layers, and let the next stage go on."""
-        x, seconds = torch.tensor(batch.tokens), []
+        began, seconds = time.perf_counter(), []
+        x = torch.tensor(batch.tokens)
         if self._decoder is not None:
-            began = time.perf_counter()
             x = self._decoder(x, batch.segments).cpu()
             seconds.append(time.perf_counter() - began)
         self._ring.send(pack_batch(batch, x, seconds))
@@ -91,7 +91,7 @@ class ChainExecutor:
 
     def close(self) -> None:
         """Let the stages end, when nothing is under way."""
-        self._ring.send(torch.empty(0, dtype=torch.uint8))
+        self._ring.send([])
         self._ring.close()
 
     def abandon(self) -> None:
@@ -111,9 +111,9 @@ def run_stage(ring: Ring, decoder: LayerDecoder) -> None:
     samplers: dict[int, Sampler] = {}
     while True:
         message = ring.receive()
-        if not message.numel():
+        if not len(message):
             if not is_last:
-                ring.send(message)
+                ring.send([])
             return
         batch, x, seconds = unpack_batch(message)
         began = time.perf_counter()
