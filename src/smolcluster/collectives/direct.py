@@ -11,6 +11,7 @@ import select
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,11 +19,13 @@ from smolcluster.cluster.world import GRACE, World
 from smolcluster.errors import CollectiveMismatch, ConnectionLost, PeerLost, SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
-from smolcluster.transport.frame import KIND_MESSAGE, MAX_UNSIZED_BYTES, Prelude
+from smolcluster.transport.frame import KIND_MESSAGE
 from smolcluster.transport.tensors import dtype_code
 
 _UINT8 = dtype_code(torch.uint8)
 _DIM_BYTES = 8
+_HEAD_BYTES = frame.PRELUDE_BYTES + _DIM_BYTES
+MAX_BYTES = frame.MAX_UNSIZED_BYTES
 # A look at whether the neighbour is still there, where the system does not wake who waits.
 _LOOK_SECONDS = 0.25
 
@@ -47,6 +50,8 @@ class DirectRing:
         self._next, self._before = (rank + 1) % size, (rank - 1) % size
         self._generation = world.view().generation
         self._sent = self._received = 0
+        self._expected, self._rest = 0, b""  # bytes of the newest message; those that have been read behind it
+        self._polls: dict[tuple[Channel, bool, bool], Any] = {}
         lanes = sorted([(rank, self._next), (self._before, rank)])  # the same order on both sides of a pair
         channels: dict[tuple[int, int], Channel] = {}
         try:
@@ -70,15 +75,14 @@ class DirectRing:
         Raises:
             PeerLost: a rank is lost; or what else ended the world.
         """
-        count, generation, tag = sum(map(len, parts)), self._generation, self._sent & 0xFFFFFFFF
-        prelude = Prelude(KIND_MESSAGE, 0, 0, _UINT8, 0, generation, tag, 0, 0, count, count, 1)
+        head = frame.pack_bytes(_UINT8, self._generation, self._sent & 0xFFFFFFFF, sum(map(len, parts)))
         self._sent += 1
-        left = [memoryview(frame.pack(prelude, (count,))), *(memoryview(part) for part in parts)]
+        left: list[memoryview] = [memoryview(head), *map(_as_view, parts)]
         try:
             while left:
                 taken = self._out.try_send(left)
                 if not taken:
-                    _wait(self._out, is_sending=True)
+                    self._wait(self._out, is_sending=True)
                 left = _after(left, taken)
         except (SmolError, ValueError, OSError) as error:
             raise self._reason(error, self._next) from error
@@ -91,23 +95,28 @@ class DirectRing:
                 else ended the world.
             CollectiveMismatch: it is of another generation, or not the next one.
         """
-        head = memoryview(bytearray(frame.PRELUDE_BYTES + _DIM_BYTES))
+        # Most messages are as long as the one before: then one read takes all of it, and nothing of the next one.
+        buffer = bytearray(max(_HEAD_BYTES + self._expected, len(self._rest)))
+        got = len(self._rest)
+        buffer[:got] = self._rest
+        self._rest = b""
         try:
-            self._fill(head, has_begun=False)
-            prelude = frame.unpack(head[: frame.PRELUDE_BYTES])
-            expected = (KIND_MESSAGE, _UINT8, self._generation, self._received & 0xFFFFFFFF, 1)
-            if (prelude.kind, prelude.dtype, prelude.generation, prelude.tag, prelude.ndim) != expected:
-                raise CollectiveMismatch(
-                    f"rank {self._before} sent {prelude.describe()} of generation {prelude.generation} where message "
-                    f"{self._received} of generation {self._generation} belongs"
-                )
-            [count] = frame.unpack_dims(head[frame.PRELUDE_BYTES :], prelude, MAX_UNSIZED_BYTES)
-            message = memoryview(bytearray(count))
-            self._fill(message, has_begun=True)
+            got = self._fill(buffer, got, _HEAD_BYTES)
+            count = int.from_bytes(buffer[_HEAD_BYTES - _DIM_BYTES : _HEAD_BYTES], "big")
+            tag = self._received & 0xFFFFFFFF
+            if buffer[:_HEAD_BYTES] != frame.pack_bytes(_UINT8, self._generation, tag, count) or count > MAX_BYTES:
+                raise self._refusal(buffer)
+            whole = _HEAD_BYTES + count
+            if got > whole:
+                self._rest, got = bytes(buffer[whole:got]), whole
+            if whole != len(buffer):
+                self._expected = count
+                buffer = buffer[:got] + bytes(whole - got)
+            self._fill(buffer, got, whole)
         except (SmolError, ValueError, OSError) as error:
             raise self._reason(error, self._before) from error
         self._received += 1
-        return message
+        return memoryview(buffer)[_HEAD_BYTES:]
 
     def failure(self) -> SmolError | None:
         """What ended the world, if anything did."""
@@ -124,24 +133,52 @@ class DirectRing:
         self._world.close()
         self._fail(PeerLost("this rank has left", self.rank))
 
-    def _fill(self, buffer: memoryview, *, has_begun: bool) -> None:
-        """Wait for bytes: for the first one of a message as long as it takes, for the others not longer than patience.
+    def _fill(self, buffer: bytearray, got: int, least: int) -> int:
+        """Read until `least` bytes are there, or more; how many. The first one may take as long as it will.
 
         Who computes says nothing; who has begun to send only goes on with that.
         """
-        got, silence, patience = 0, 0.0, self._world.patience
-        while got < len(buffer):
-            if count := self._in.try_recv_into(buffer[got:]):
-                got, silence = got + count, 0.0
-                continue
-            if silence > patience:
-                reason = f"it sent half a frame, then nothing for {patience:g} s"
-                self._world.report_lost(self._before, reason, may_return=True)
-                raise ConnectionLost(reason)
-            began = time.monotonic()
-            _wait(self._in, is_sending=False)
-            if has_begun or got:  # a longer wait is one in which this process was suspended
-                silence += min(time.monotonic() - began, _LOOK_SECONDS)
+        silence, patience = 0.0, self._world.patience
+        with memoryview(buffer) as view:
+            while got < least:
+                if count := self._in.try_recv_into(view[got:]):
+                    got, silence = got + count, 0.0
+                    continue
+                if silence > patience:
+                    reason = f"it sent half a frame, then nothing for {patience:g} s"
+                    self._world.report_lost(self._before, reason, may_return=True)
+                    raise ConnectionLost(reason)
+                began = time.monotonic()
+                self._wait(self._in, is_sending=False)
+                if got:  # a longer wait is one in which this process was suspended
+                    silence += min(time.monotonic() - began, _LOOK_SECONDS)
+        return got
+
+    def _refusal(self, buffer: bytearray) -> SmolError:
+        """What is wrong with the beginning of a message."""
+        prelude = frame.unpack(buffer[: frame.PRELUDE_BYTES])
+        if (prelude.kind, prelude.dtype, prelude.ndim) == (KIND_MESSAGE, _UINT8, 1):
+            frame.unpack_dims(buffer[frame.PRELUDE_BYTES : _HEAD_BYTES], prelude, MAX_BYTES)
+        return CollectiveMismatch(
+            f"rank {self._before} sent {prelude.describe()} of generation {prelude.generation} where message "
+            f"{self._received} of generation {self._generation} belongs"
+        )
+
+    def _wait(self, channel: Channel, *, is_sending: bool) -> None:
+        due = channel.due()
+        if due is not None and due <= time.monotonic():
+            return
+        reading, writing = channel.wants(sending=is_sending)
+        reading = reading and not (is_sending and writing)
+        if not hasattr(select, "poll"):  # Windows
+            number = channel.fileno()
+            select.select([number] if reading else [], [number] if writing else [], [], _LOOK_SECONDS)
+            return
+        asked = channel, reading, writing
+        if (poll := self._polls.get(asked)) is None:
+            poll = self._polls[asked] = select.poll()
+            poll.register(channel.fileno(), reading * select.POLLIN | writing * select.POLLOUT)
+        poll.poll(1000 * _LOOK_SECONDS)
 
     def _fail(self, error: SmolError) -> None:
         """On any thread: whoever waits is to wake."""
@@ -173,16 +210,5 @@ def _after(buffers: Sequence[memoryview], taken: int) -> list[memoryview]:
     return left
 
 
-def _wait(channel: Channel, *, is_sending: bool) -> None:
-    due = channel.due()
-    if due is not None and due <= time.monotonic():
-        return
-    reading, writing = channel.wants(sending=is_sending)
-    reading = reading and not (is_sending and writing)
-    number = channel.fileno()
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(number, reading * select.POLLIN | writing * select.POLLOUT)
-        poll.poll(1000 * _LOOK_SECONDS)
-    else:  # Windows
-        select.select([number] if reading else [], [number] if writing else [], [], _LOOK_SECONDS)
+def _as_view(part: bytes | memoryview) -> memoryview:
+    return memoryview(part)

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,8 @@ ALIGNMENT = 64
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 _HEAD = struct.Struct("<IBBBBIHHI")
 _BATCH, _TOKENS = 1, 2
-# One call instead of the five of raw_bytes; numpy has no bfloat16.
-_NUMPYS = (torch.float64, torch.float32, torch.int64)
+# numpy has no bfloat16; where it knows a dtype, it takes less than PyTorch's views.
+_NUMPYS = {torch.float64: np.float64, torch.float32: np.float32, torch.int64: np.int64}
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
@@ -85,6 +86,8 @@ def unpack_batch(message: memoryview) -> tuple[MicroBatch, Tensor, Sequence[floa
             for slot, sampling, context, drawn in (json.loads(rare) if rare else ())
         },
     )
+    if (dtype := _NUMPYS.get(DTYPES[code])) is not None:
+        return batch, torch.from_numpy(np.ndarray(shape, dtype, message, begin)), seconds
     return batch, torch.frombuffer(message, dtype=DTYPES[code], offset=begin).view(shape), seconds
 
 

@@ -67,6 +67,7 @@ CODEC_NAMES = {code: name for name, code in CODECS.items()}
 
 _PRELUDE = struct.Struct("!HBBBBBBIIIxxxxQQQ")
 PRELUDE_BYTES = _PRELUDE.size
+_BYTES = struct.Struct(_PRELUDE.format + "Q")
 
 
 class Prelude(NamedTuple):
@@ -112,6 +113,11 @@ def pack(prelude: Prelude, dims: tuple[int, ...] = ()) -> bytes:
         p.generation, p.tag, p.hop, p.sequence, p.count, p.nbytes,
     )  # fmt: skip
     return head + struct.pack(f"!{len(dims)}Q", *dims) if dims else head
+
+
+def pack_bytes(dtype: int, generation: int, tag: int, count: int) -> bytes:
+    """What `pack` gives for a message of one dim of `count` bytes, `dtype` being the code of uint8; in one call."""
+    return _BYTES.pack(MAGIC, KIND_MESSAGE, OP_NONE, 0, dtype, 0, 1, generation, tag, 0, 0, count, count, count)
 
 
 def unpack(data: bytes | bytearray | memoryview) -> Prelude:
