@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -64,7 +64,8 @@ class QueueRing:
     def send(self, parts: Sequence[bytes | memoryview]) -> None:
         self._queues[(self.rank + 1) % self.world_size].put(b"".join(parts))
 
-    def receive(self) -> memoryview:
+    def receive(self, meanwhile: Callable[[], object] = lambda: None) -> memoryview:
+        meanwhile()
         return memoryview(bytearray(self._queues[self.rank].get(timeout=60)))
 
     def failure(self) -> SmolError | None:

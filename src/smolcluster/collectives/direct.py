@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,8 +87,12 @@ class DirectRing:
         except (SmolError, ValueError, OSError) as error:
             raise self._reason(error, self._next) from error
 
-    def receive(self) -> memoryview:
+    def receive(self, meanwhile: Callable[[], object] = lambda: None) -> memoryview:
         """The next message of the rank before; blocks until it is there. Its memory is the caller's.
+
+        Args:
+            meanwhile: called once if there is nothing yet. Who reads an old message here has the processor's caches
+                full of what it takes to read the next one.
 
         Raises:
             PeerLost: a rank is lost, or sent a part of a message and then nothing for the world's patience; or what
@@ -101,6 +105,8 @@ class DirectRing:
         buffer[:got] = self._rest
         self._rest = b""
         try:
+            if not got and not (got := self._in.try_recv_into(memoryview(buffer))):
+                meanwhile()
             got = self._fill(buffer, got, _HEAD_BYTES)
             count = int.from_bytes(buffer[_HEAD_BYTES - _DIM_BYTES : _HEAD_BYTES], "big")
             tag = self._received & 0xFFFFFFFF

@@ -11,7 +11,7 @@ micro-batches are under way as rank 0 begins.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -35,8 +35,8 @@ class Ring(Protocol):
         """Send a message to the next rank."""
         ...
 
-    def receive(self) -> memoryview:
-        """The next message of the rank before; blocks."""
+    def receive(self, meanwhile: Callable[[], object] = lambda: None) -> memoryview:
+        """The next message of the rank before; blocks. `meanwhile`: called if there is time."""
         ...
 
     def failure(self) -> SmolError | None:
@@ -65,6 +65,7 @@ class ChainExecutor:
         """
         self._ring = ring
         self._decoder = decoder
+        self._newest: memoryview | None = None
         self.slots, self.length = slots, length
         self.depth = ring.world_size - (decoder is None)
 
@@ -83,7 +84,14 @@ class ChainExecutor:
         Raises:
             PeerLost: a stage is gone.
         """
-        return replace(unpack_tokens(self._ring.receive()), hops=self._ring.world_size)
+        message = self._ring.receive(self._reread)
+        self._newest = message
+        return replace(unpack_tokens(message), hops=self._ring.world_size)
+
+    def _reread(self) -> None:
+        """So that the next tokens find the processor's caches full of what it takes to read them."""
+        if self._newest is not None:
+            unpack_tokens(self._newest)
 
     def failure(self) -> SmolError | None:
         """Which stage is gone."""
@@ -109,8 +117,14 @@ def run_stage(ring: Ring, decoder: LayerDecoder) -> None:
     """
     is_last = ring.rank == ring.world_size - 1
     samplers: dict[int, Sampler] = {}
+    message: memoryview | None = None
+
+    def reread() -> None:  # see ChainExecutor
+        if message is not None:
+            unpack_batch(message)
+
     while True:
-        message = ring.receive()
+        message = ring.receive(reread)
         if not len(message):
             if not is_last:
                 ring.send([])
