@@ -5,7 +5,8 @@
     python benchmarks/serving_speed.py --model FOLDER  another model
 
 generate   one stream: transformers with its cache, ours in fp32, int8 and dynamic int8
-stages     one stream: one process, two stages of this machine; and what a hop takes beyond computing
+stages     one stream: one process, two stages of this machine; what a hop takes beyond computing, and what a plain socket
+           takes for as many bytes between two processes that compute as long
 streams    eight streams: one process, two stages; and what the slower stage allows, alone and while the other computes
 replicas   two replicas, each with as many streams as one process has alone
 memory     bytes per second that one core reads, and the share of it that one stream gets (no blocks)
@@ -19,7 +20,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -109,8 +113,46 @@ def stages(model: str, blocks: int) -> dict[str, Any]:
     hops = Hops()
     with service_side(model, 1) as one, service_side(model, 1, layout=Layout(processes=2), observer=hops) as two:
         found = compare({"two stages": two, "one process": one}, [("two stages", "one process")], blocks)
-    cut = statistics.quantiles(hops.seconds, n=20)
-    return {**found, "hop_us": {"median": round(1e6 * cut[9]), "p95": round(1e6 * cut[18]), "count": len(hops.seconds)}}
+    links = link_seconds(4 * LayerStore(Path(model)).config.model_dim + 200, 64 * blocks)
+    hop, link = (quantiles_us(each) for each in (hops.seconds, links))
+    return {**found, "hop_us": hop, "link_us": link, "hop_beyond_link_us": hop["median"] - link["median"]}
+
+
+def quantiles_us(seconds: Sequence[float]) -> dict[str, int]:
+    """Median and 95 %, in microseconds."""
+    cut = statistics.quantiles(seconds, n=20)
+    return {"median": round(1e6 * cut[9]), "p95": round(1e6 * cut[18]), "count": len(seconds)}
+
+
+_ECHO = """
+import socket, sys, time, torch
+torch.set_num_threads(1)
+numbers, there = torch.ones(int(sys.argv[3])), socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+while there.recv(int(sys.argv[2]), socket.MSG_WAITALL):
+    began = time.perf_counter()
+    numbers.sum().item()
+    there.sendall(f"{time.perf_counter() - began:15.9f}".encode())
+"""
+
+
+def link_seconds(count: int, rounds: int) -> list[float]:
+    """From one process to another with a plain socket, where each reads 200 MB before it sends: half of what is left."""
+    numbers, listener = torch.ones(50_000_000), socket.create_server(("127.0.0.1", 0))
+    arguments = [str(listener.getsockname()[1]), str(count), str(len(numbers))]
+    found = []
+    with subprocess.Popen([sys.executable, "-c", _ECHO, *arguments]) as child, listener:
+        there, _ = listener.accept()
+        there.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with there:
+            for _ in range(rounds):
+                numbers.sum().item()
+                began = time.perf_counter()
+                there.sendall(bytes(count))
+                computed = float(there.recv(15, socket.MSG_WAITALL))
+                found.append((time.perf_counter() - began - computed) / 2)
+        child.wait(20)
+    return found[rounds // 8 :]
 
 
 def streams(model: str, blocks: int) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def pack_batch(batch: MicroBatch, x: Tensor, seconds: Sequence[float] = ()) -> l
         (_BATCH, _CODES[x.dtype], x.dim(), len(seconds), batch.number, *counts), x.shape, seconds, numbers, rare
     )
     x = x.contiguous()
-    return [head, memoryview(x.numpy()).cast("B") if x.dtype in _NUMPYS else raw_bytes(x)]
+    array: Any = x.numpy() if x.dtype in _NUMPYS else None  # whose stubs do not say that it is a buffer
+    return [head, raw_bytes(x) if x.dtype not in _NUMPYS else memoryview(array).cast("B")]
 
 
 def unpack_batch(message: memoryview) -> tuple[MicroBatch, Tensor, Sequence[float]]:
