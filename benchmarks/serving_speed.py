@@ -5,8 +5,8 @@
     python benchmarks/serving_speed.py --model FOLDER  another model
 
 generate   one stream: transformers with its cache, ours in fp32, int8 and dynamic int8
-stages     one stream: one process, two stages of this machine; what a hop takes beyond computing, and what a plain socket
-           takes for as many bytes between two processes that compute as long
+stages     one stream: one process, two stages of this machine; what a hop takes beyond computing, and what a plain
+           socket takes for as many bytes between two processes that compute as long
 streams    eight streams: one process, two stages; and what the slower stage allows, alone and while the other computes
 replicas   two replicas, each with as many streams as one process has alone
 memory     bytes per second that one core reads, and the share of it that one stream gets (no blocks)
@@ -137,7 +137,7 @@ while there.recv(int(sys.argv[2]), socket.MSG_WAITALL):
 
 
 def link_seconds(count: int, rounds: int) -> list[float]:
-    """From one process to another with a plain socket, where each reads 200 MB before it sends: half of what is left."""
+    """From one process to another with a plain socket; each reads 200 MB before it sends. Half of what is left."""
     numbers, listener = torch.ones(50_000_000), socket.create_server(("127.0.0.1", 0))
     arguments = [str(listener.getsockname()[1]), str(count), str(len(numbers))]
     found = []
