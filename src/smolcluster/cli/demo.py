@@ -37,11 +37,11 @@ def demo(
     ran = run_local(config, RANKS, folder, reporter(config, quiet))
     if ran.exit_code != 0 or ran.summary is None or ran.out is None:
         conclude(ran, config, quiet)
-    say("training is done; now the trained model writes")
+    say(f"training is done; now the trained model writes, its layers spread over {RANKS} processes")
 
     from smolcluster.run.generate import generate_text
 
-    written = generate_text(ran.out / "checkpoints", prompt, tokens)
+    written = generate_text(ran.out / "checkpoints", prompt, tokens, stages=RANKS, logs=ran.out / "logs")
     for line in result_lines(ran.summary, config):
         print(line)
     print(f"\n--- {tokens} bytes, written by the model after {prompt!r}\n{written.text}\n---")

@@ -1,20 +1,29 @@
-"""Text from a checkpoint of a language model, in this process. (Serving, with a KV cache, is another matter.)"""
+"""Text from a checkpoint of a language model: exported, and served over stages of this machine for one text."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
-from smolcluster.config.schema import Config
+from smolcluster.config.schema import Config, ServingConfig
 from smolcluster.data.source import load_splits
 from smolcluster.data.tokenizer import Tokenizer
-from smolcluster.errors import ConfigError
+from smolcluster.errors import ConfigError, ServingError
 from smolcluster.models.gpt import GPT
 from smolcluster.models.hf import HFModel
+from smolcluster.run.export import export_model
+from smolcluster.run.serve import make_service
+from smolcluster.run.stages import Layout
 from smolcluster.run.trained import load_trained
+from smolcluster.serving.engine import Engine
+from smolcluster.serving.requests import Event, Request
+from smolcluster.serving.sampling import Sampling
 
 # Measured on the demo's model, four seeds: at 0.5 three quarters of the words occur in the training text, at 0.7 six in
 # ten; at 0.4 it begins to repeat itself.
@@ -40,6 +49,8 @@ def generate_text(
     temperature: float = TEMPERATURE,
     top_k: int | None = TOP_K,
     seed: int = 0,
+    stages: int = 1,
+    logs: Path | None = None,
 ) -> Written:
     """Let a trained model write on; blocks.
 
@@ -50,6 +61,8 @@ def generate_text(
         temperature: 0: always the likeliest token.
         top_k: draw from so many of the likeliest; None: from all.
         seed: same seed, same text.
+        stages: processes of this machine over which the model's layers are spread.
+        logs: a folder for what they log; None: nowhere.
 
     Raises:
         CheckpointError: there is none, or it holds another model.
@@ -61,12 +74,42 @@ def generate_text(
     config, model, tokenizer = trained.config, trained.model, trained.tokenizer
     if not isinstance(model, GPT | HFModel) or tokenizer is None:
         raise ConfigError(f"model.type {config.model.type} writes no text; gpt and hf do")
-    start = tokenizer.encode(prompt)[None]
-    written = model.generate(start, tokens, temperature=temperature, top_k=top_k, seed=seed)
-    text = tokenizer.decode(written[0])
+    sampling = Sampling(seed, temperature, top_k)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "model"
+        export_model(checkpoint, folder)
+        layout = Layout(processes=stages, logs=logs)
+        with contextlib.closing(make_service(str(folder), ServingConfig(max_concurrent=1), layout=layout)) as service:
+            written = _continued(service.engine, tokenizer.encode(prompt).tolist(), tokens, sampling)
+    text = tokenizer.decode(torch.tensor(written))
     known = set(_words(_training_text(config, tokenizer)))
     words = _words(text[len(prompt) :])
     return Written(text, len(words), sum(word in known for word in words))
+
+
+def _continued(engine: Engine, written: list[int], count: int, sampling: Sampling) -> list[int]:
+    """A text and `count` tokens more. Where it outgrows the context it goes on from its newest half context."""
+    end = len(written) + count
+    while len(written) < end:
+        known = written[-engine.length // 2 :] if len(written) >= engine.length else written
+        request = Request(known, min(end - len(written), engine.length - len(known)), sampling)
+        written = [*written, *_ask(engine, request)]
+        sampling = replace(sampling, seed=sampling.seed + 1)
+    return written
+
+
+def _ask(engine: Engine, request: Request) -> list[int]:
+    events: SimpleQueue[Event] = SimpleQueue()
+    engine.submit(request, events.put)
+    tokens: list[int] = []
+    while True:
+        event = events.get()
+        if event.token is not None:
+            tokens.append(event.token.token)
+        if event.error is not None:
+            raise ServingError(event.error)
+        if event.finish_reason is not None:
+            return tokens
 
 
 def _words(text: str) -> list[str]:
