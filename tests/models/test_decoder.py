@@ -121,8 +121,8 @@ def test_broken_decoders_are_noticed(folder: Path, mistake: str, monkeypatch: py
 def note_reads(files: TensorFiles) -> list[str]:
     """The names of the tensors that are read from now on."""
     read: list[str] = []
-    plain = files.read
-    files.read = lambda name: (read.append(name), plain(name))[1]  # type: ignore[method-assign]
+    plain = files.chunks
+    files.chunks = lambda name: (read.append(name), plain(name))[1]  # type: ignore[method-assign]
     return read
 
 

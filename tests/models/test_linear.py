@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from smolcluster.models import linear
 from smolcluster.models.linear import (
     DynamicInt8Linear,
     Int8Linear,
+    Rows,
     TwoDigitInt8Linear,
     WeightKind,
     make_linear,
@@ -86,3 +89,22 @@ def test_elsewhere_int8_is_multiplied_with_bfloat16(monkeypatch: pytest.MonkeyPa
     assert isinstance(make_linear(weight[:, :30], bias, "int8"), linear.PlainLinear)
     with pytest.raises(ConfigError, match="Use int8"):
         make_linear(weight, bias, "int8-dynamic")
+
+
+@is_x86
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
+def test_a_large_matrix_is_kept_in_parts_and_may_come_in_rows(
+    kind: WeightKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias, x = drawn(3, 64)
+    whole = make_linear(weight, bias, kind)(x)
+    monkeypatch.setattr(linear, "_PACKED_BYTES", 64 * 10)
+    buffer = torch.empty(7, 64)
+
+    def chunks() -> Iterator[Tensor]:
+        for row in range(0, len(weight), 7):
+            chunk = buffer[: min(7, len(weight) - row)]
+            yield chunk.copy_(weight[row : row + 7])
+
+    for given in (weight, Rows((48, 64), chunks())):
+        torch.testing.assert_close(make_linear(given, bias, kind)(x), whole, rtol=1e-6, atol=1e-6)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from smolcluster.models.decoder import Block, Decoder, Entry, Exit, KeyValueCache, Norm
 from smolcluster.models.decoder_config import DecoderConfig
-from smolcluster.models.linear import Linear, WeightKind, make_linear
+from smolcluster.models.linear import Linear, Rows, WeightKind, make_linear, stays
 from smolcluster.models.split import LayerCost
 from smolcluster.models.tensor_files import TensorFiles
 
@@ -38,6 +39,7 @@ class DecoderLoader:
         self._is_isolated = is_isolated
         self._config, self._dtype, self._kind, self._device = config, dtype, kind, torch.device(device)
         self._base = ""
+        self._scratch = torch.empty(0)
         self._kept: dict[int, Entry | Block | Exit] = {}
 
     @property
@@ -83,6 +85,7 @@ class DecoderLoader:
         for layer in layers:
             if layer not in self._kept:
                 self._kept[layer] = self._layer(layer)
+        self._scratch = torch.empty(0)
         found = [self._kept[layer] for layer in layers]
         blocks = [(layer - 1, part) for layer, part in zip(layers, found, strict=True) if isinstance(part, Block)]
         return Decoder(
@@ -109,10 +112,11 @@ class DecoderLoader:
         norm = self._norm("ln_f" if self._config.is_gpt2 else "norm")
         tied = "wte.weight" if self._config.is_gpt2 else "embed_tokens.weight"
         entry = self._kept.get(0)
-        if not self._config.is_tied:
-            head = self._cast(self._files.read("lm_head.weight"))
-        else:  # not read and kept twice
-            head = entry.tokens if isinstance(entry, Entry) else self._tensor(tied)
+        head: Tensor | Rows
+        if self._config.is_tied and isinstance(entry, Entry):  # not read and kept twice
+            head = entry.tokens
+        else:
+            head = self._weight([self._base + tied if self._config.is_tied else "lm_head.weight"])
         return Exit(norm, make_linear(head, None, self._kind))
 
     def _block(self, number: int) -> Block:
@@ -141,19 +145,38 @@ class DecoderLoader:
 
     def _linear(self, names: Sequence[str], *, has_bias: bool, is_transposed: bool = False) -> Linear:
         """One product for several that are given the same."""
-        parts = [self._tensor(f"{name}.weight") for name in names]
-        weight_FD = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if is_transposed:
-            weight_FD = weight_FD.t().contiguous()
-        del parts
-        biases = [self._tensor(f"{name}.bias") for name in names] if has_bias else []
-        return make_linear(weight_FD, torch.cat(biases) if biases else None, self._kind)
+        weights = [f"{self._base}{name}.weight" for name in names]
+        bias = torch.cat([self._tensor(f"{name}.bias") for name in names]) if has_bias else None
+        return make_linear(self._weight(weights, is_transposed=is_transposed), bias, self._kind)
+
+    def _weight(self, names: Sequence[str], *, is_transposed: bool = False) -> Tensor | Rows:
+        """Matrices under each other, (F, D)."""
+        shapes = [self._files.find(name).shape for name in names]
+        turned = [shape[::-1] if is_transposed else shape for shape in shapes]
+        rows, width = sum(shape[0] for shape in turned), turned[0][1]
+        is_rounded = self._device.type == "cpu" and not stays(width, self._kind, self._device)
+        if is_rounded and not is_transposed:
+            return Rows((rows, width), itertools.chain.from_iterable(map(self._files.chunks, names)))
+        weight_FD = self._reserve(rows, width, is_rounded=is_rounded)
+        row = 0
+        for name, shape in zip(names, turned, strict=True):
+            part = weight_FD[row : row + shape[0]]
+            self._files.read_into(name, part.t() if is_transposed else part)
+            row += shape[0]
+        return weight_FD.to(self._device)
+
+    def _reserve(self, rows: int, width: int, *, is_rounded: bool) -> Tensor:
+        """(rows, width); what will be rounded lies where the one before did, as the system is slow to take back."""
+        if not is_rounded:
+            return torch.empty((rows, width), dtype=self._dtype)
+        if self._scratch.numel() < rows * width:
+            self._scratch = torch.empty(rows * width, dtype=self._dtype)
+        return self._scratch[: rows * width].view(rows, width)
 
     def _norm(self, name: str) -> Norm:
         return Norm(self._tensor(f"{name}.weight"), self._tensor(f"{name}.bias") if self._config.is_gpt2 else None)
 
     def _tensor(self, name: str) -> Tensor:
-        return self._cast(self._files.read(self._base + name))
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, self._dtype)
+        tensor = torch.empty(self._files.find(self._base + name).shape, dtype=self._dtype)
+        self._files.read_into(self._base + name, tensor)
+        return tensor.to(self._device)

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -32,6 +33,10 @@ from smolcluster.errors import ConfigError
 
 WeightKind = Literal["plain", "int8", "int8-dynamic"]
 _LARGEST = 127
+# Of a weight that are rounded at once: what is needed besides is small.
+_CHUNK_NUMBERS = 1 << 18
+# Of a matrix for oneDNN: more parts take more calls.
+_PACKED_BYTES = 4 << 20
 # PyTorch's product reads so many weights of a row at once; with rows of other widths it reads past the end, and dies.
 _INT8_WIDTH = 16
 
@@ -48,16 +53,42 @@ class PlainLinear:
         return F.linear(x_ND, self._weight, self._bias)
 
 
-def quantised(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A weight that is never in memory as a whole.
+
+    Attributes:
+        shape: (F, D).
+        chunks: its rows, (n, D) each; the memory of one may be used again for the next.
+    """
+
+    shape: tuple[int, int]
+    chunks: Iterable[Tensor]
+
+
+def quantised(weight_FD: Tensor | Rows) -> tuple[Tensor, Tensor]:
     """Rows rounded to int8 (F, D), and the scale of each (F,) in float32: weight = int8 x scale."""
-    scale_F = weight_FD.float().abs().amax(dim=1).clamp(min=1e-12) / _LARGEST
-    return (weight_FD.float() / scale_F[:, None]).round().to(torch.int8), scale_F
+    count, width = weight_FD.shape
+    chunks = weight_FD.chunks if isinstance(weight_FD, Rows) else _split(weight_FD, _CHUNK_NUMBERS // width)
+    values, scale_F, row = torch.empty((count, width), dtype=torch.int8), torch.empty(count), 0
+    for chunk in chunks:
+        own = slice(row, row + len(chunk))
+        numbers = chunk.float()
+        scale_F[own] = numbers.abs().amax(dim=1).clamp_(min=1e-12).div_(_LARGEST)
+        values[own] = (numbers / scale_F[own, None]).round_()
+        row += len(chunk)
+    return values, scale_F
+
+
+def _split(weight_FD: Tensor, rows: int) -> Iterator[Tensor]:
+    for row in range(0, len(weight_FD), max(1, rows)):
+        yield weight_FD[row : row + max(1, rows)]
 
 
 class Int8Linear:
     """Weights of int8; the result is in the dtype of the activations that come in."""
 
-    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None) -> None:
+    def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
         self._weight, scale_F = quantised(weight_FD)
         self._scale = scale_F.to(torch.bfloat16)
         self._bias = bias_F
@@ -77,26 +108,53 @@ _HAS_VNNI = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 class _IntegerProduct:
     """Products of unsigned integers with int8 weights, by oneDNN, which is fast at them on x86."""
 
-    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None) -> None:
-        values, self._scale_F = quantised(weight_FD)
-        self.outputs = len(self._scale_F)
-        self._zero_F = torch.zeros(self.outputs, dtype=torch.int64)
-        self._packed = torch.ops.onednn.qlinear_prepack(values, None)
+    def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
         self._bias = bias_F
+        # oneDNN makes a copy in an order of its own: part by part, so that not all of it is there twice.
+        self._parts = [
+            (torch.ops.onednn.qlinear_prepack(values, None), scale_F, torch.zeros(len(scale_F), dtype=torch.int64))
+            for values, scale_F in _quantised_parts(weight_FD)
+        ]
+        self.outputs = sum(len(scale_F) for _, scale_F, _ in self._parts)
 
     def __call__(self, x_ND: Tensor, scale: float, zero: int) -> Tensor:
         """(N, D) uint8, which stands for scale (x - zero), to (N, F) float32."""
-        out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            x_ND, scale, zero, self._packed, self._scale_F, self._zero_F, self._bias, 1.0, 0, torch.float32, "none",
-            [], "",
-        )  # fmt: skip
-        return out
+        bias = self._bias if len(self._parts) == 1 else None
+        outs: list[Tensor] = [
+            torch.ops.onednn.qlinear_pointwise.default(
+                x_ND, scale, zero, packed, scale_F, zero_F, bias, 1.0, 0, torch.float32, "none", [], ""
+            )
+            for packed, scale_F, zero_F in self._parts
+        ]
+        if len(outs) == 1:
+            return outs[0]
+        out = torch.cat(outs, dim=1)
+        return out if self._bias is None else out.add_(self._bias)
+
+
+def _quantised_parts(weight_FD: Tensor | Rows) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows after the other, as `quantised` gives them; the memory of values is used again for the next ones."""
+    count, width = weight_FD.shape
+    most = max(1, _PACKED_BYTES // width)
+    if isinstance(weight_FD, Tensor):
+        for row in range(0, count, most):
+            yield quantised(weight_FD[row : row + most])
+        return
+    values, scale_F, got = torch.empty((most, width), dtype=torch.int8), torch.empty(most), 0
+    for chunk in weight_FD.chunks:
+        for rows in _split(chunk, most):
+            if got + len(rows) > most:
+                yield values[:got], scale_F[:got].clone()
+                got = 0
+            values[got : got + len(rows)], scale_F[got : got + len(rows)] = quantised(rows)
+            got += len(rows)
+    yield values[:got], scale_F[:got].clone()
 
 
 class TwoDigitInt8Linear:
     """Weights of int8, activations of two digits of 8 bits each: see above. The largest activation sets the scale."""
 
-    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None) -> None:
+    def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
         self._largest = 127 if _HAS_VNNI else 63
         # It is added to the products of both digits.
         share = 1 + 1 / (2 * self._largest)
@@ -120,7 +178,7 @@ class TwoDigitInt8Linear:
 class DynamicInt8Linear:
     """Weights and activations of 8 bits; the smallest and the largest activation set the scale."""
 
-    def __init__(self, weight_FD: Tensor, bias_F: Tensor | None) -> None:
+    def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
         self._product = _IntegerProduct(weight_FD, None if bias_F is None else bias_F.float())
         self._levels = 254 if _HAS_VNNI else 126  # and one more where a half is rounded up
 
@@ -138,26 +196,37 @@ class DynamicInt8Linear:
 
 
 Linear = Callable[[Tensor], Tensor]
-_KINDS: dict[WeightKind, Callable[[Tensor, Tensor | None], Linear]] = {
-    "plain": PlainLinear,
-    "int8": TwoDigitInt8Linear,
-    "int8-dynamic": DynamicInt8Linear,
-}
 
 
-def make_linear(weight_FD: Tensor, bias_F: Tensor | None, kind: WeightKind) -> Linear:
+def make_linear(weight_FD: Tensor | Rows, bias_F: Tensor | None, kind: WeightKind) -> Linear:
     """A product with a weight (F, D), which is taken over: (N, D) to (N, F).
 
-    With "int8" outside x86 a matrix whose D is no multiple of 16 stays as it is.
+    Args:
+        weight_FD: a tensor, which "plain" needs; rows where nothing stays as it is, see `stays`.
+        bias_F: added to the product.
+        kind: see above.
 
     Raises:
         ConfigError: "int8-dynamic" outside x86.
     """
-    if kind != "plain" and not multiplies_integers(weight_FD.device):
-        if kind == "int8-dynamic":
-            raise ConfigError("--dtype int8-dynamic needs an x86 processor, and --device cpu. Use int8")
-        return PlainLinear(weight_FD, bias_F) if weight_FD.shape[1] % _INT8_WIDTH else Int8Linear(weight_FD, bias_F)
-    return _KINDS[kind](weight_FD, bias_F)
+    if isinstance(weight_FD, Tensor) and stays(weight_FD.shape[1], kind, weight_FD.device):
+        return PlainLinear(weight_FD, bias_F)
+    if isinstance(weight_FD, Tensor) and not multiplies_integers(weight_FD.device):
+        return Int8Linear(weight_FD, bias_F)
+    return TwoDigitInt8Linear(weight_FD, bias_F) if kind == "int8" else DynamicInt8Linear(weight_FD, bias_F)
+
+
+def stays(width: int, kind: WeightKind, device: torch.device) -> bool:
+    """Whether a weight (F, `width`) is kept as floating-point numbers: with "int8" outside x86 those of some widths.
+
+    Raises:
+        ConfigError: this machine has no such products.
+    """
+    if kind == "plain" or multiplies_integers(device):
+        return kind == "plain"
+    if kind == "int8-dynamic":
+        raise ConfigError("--dtype int8-dynamic needs an x86 processor, and --device cpu. Use int8")
+    return width % _INT8_WIDTH != 0
 
 
 def multiplies_integers(device: torch.device) -> bool:

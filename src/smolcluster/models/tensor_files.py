@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,8 @@ from torch import Tensor
 from smolcluster.errors import CheckpointError
 from smolcluster.models.folder import weight_files
 
+# More at once is not read faster, and is needed twice.
+_CHUNK_BYTES = 1 << 20
 _LENGTH = struct.Struct("<Q")
 # safetensors' own limit.
 _MAX_HEADER_BYTES = 100 << 20
@@ -91,19 +93,57 @@ class TensorFiles:
             stream.close()
         self._open.clear()
 
+    def find(self, name: str) -> StoredTensor:
+        """Where a tensor lies.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise CheckpointError(f"the model's files have no tensor {name}. Download or copy the folder again")
+        return stored
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype.
 
         Raises:
             CheckpointError: there is none of this name, or its file ends early.
         """
-        stored = self.tensors.get(name)
-        if stored is None:
-            raise CheckpointError(f"the model's files have no tensor {name}. Download or copy the folder again")
+        stored = self.find(name)
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
         if stored.nbytes:
-            self._read_into(stored.file, stored.begin, memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data))
+            self._read_into(stored.file, stored.begin, _bytes_of(tensor))
         return tensor
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill a tensor of the same shape, of any dtype and strides, without a second copy of all of it in memory.
+
+        Raises:
+            CheckpointError: there is none of this name, or its file ends early.
+        """
+        row = 0
+        for chunk in self.chunks(name):
+            out[row : row + len(chunk)].copy_(chunk)
+            row += len(chunk)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """One tensor, some rows after the other, (n, ...) each. The memory is used again for those that follow.
+
+        Raises:
+            CheckpointError: there is none of this name, or its file ends early.
+        """
+        stored = self.find(name)
+        if not stored.nbytes:
+            return
+        rows = stored.shape[0]
+        each = stored.nbytes // rows
+        count = max(1, min(rows, _CHUNK_BYTES // each))
+        buffer = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
+        for row in range(0, rows, count):
+            chunk = buffer[: min(count, rows - row)]
+            self._read_into(stored.file, stored.begin + row * each, _bytes_of(chunk))
+            yield chunk
 
     def _read_into(self, file: Path, begin: int, buffer: memoryview) -> None:
         try:
@@ -144,3 +184,7 @@ class TensorFiles:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise CheckpointError(f"{file} cannot be read ({exc}). Download or copy it again") from exc
         return found
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
