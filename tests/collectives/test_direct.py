@@ -148,3 +148,17 @@ def test_who_computes_for_longer_than_patience_is_not_lost() -> None:
         return len(ring.receive())
 
     assert on_ring(2, go) == [100, 100]
+
+
+def test_who_sends_nothing_in_time_is_lost_though_it_lives() -> None:
+    def go(ring: DirectRing) -> object:
+        began = time.monotonic()
+        try:
+            ring.receive(timeout=0.5 if ring.rank == 0 else 60)
+        except PeerLost:
+            return time.monotonic() - began
+        return None
+
+    first, second = on_ring(2, go)
+    assert 0.5 <= first < 3 * PATIENCE
+    assert isinstance(second, float)

@@ -64,7 +64,7 @@ class QueueRing:
     def send(self, parts: Sequence[bytes | memoryview]) -> None:
         self._queues[(self.rank + 1) % self.world_size].put(b"".join(parts))
 
-    def receive(self, meanwhile: Callable[[], object] = lambda: None) -> memoryview:
+    def receive(self, meanwhile: Callable[[], object] = lambda: None, timeout: float = 60) -> memoryview:
         meanwhile()
         return memoryview(bytearray(self._queues[self.rank].get(timeout=60)))
 

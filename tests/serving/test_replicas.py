@@ -12,6 +12,7 @@ import pytest
 
 from serving.test_engine import SAMPLED, Asked, CountingExecutor, decode, expected, make_executor, make_folder, prompts
 from smolcluster.errors import PeerLost, ServingError, SmolError
+from smolcluster.serving import replica
 from smolcluster.serving.engine import Engine
 from smolcluster.serving.executor import Executor, MicroBatch, NewTokens
 from smolcluster.serving.queue import StreamQueue
@@ -235,3 +236,23 @@ def test_observers_hear_what_stages_take_and_what_lies_between(llama: Path, clos
     assert noting.seconds == [(0, 0.01), (1, 0.01)] * 10
     assert len(noting.hops) == 10
     assert 0.005 <= min(noting.hops) < 0.02
+
+
+def test_an_engine_ends_though_its_stages_do_not_answer(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(CountingExecutor):
+        def result(self) -> NewTokens:
+            self.go.wait(60)
+            raise PeerLost("the chain is over", 1)
+
+        def abandon(self) -> None:
+            self.go.set()
+
+    monkeypatch.setattr(replica, "CLOSE_SECONDS", 0.1)
+    executor = make_executor(llama)
+    executor.__class__ = Silent
+    executor.go.clear()
+    engine = Engine([(executor, refuse)], decode)
+    asked = ask(engine, 0)
+    until(lambda: bool(executor.batches))
+    engine.close()
+    assert asked.wait().reason == "error"

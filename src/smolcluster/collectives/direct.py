@@ -7,6 +7,7 @@ Frames are those of point-to-point messages (docs/protocol.md), on lanes of thei
 
 from __future__ import annotations
 
+import math
 import select
 import threading
 import time
@@ -87,10 +88,11 @@ class DirectRing:
         except (SmolError, ValueError, OSError) as error:
             raise self._reason(error, self._next) from error
 
-    def receive(self, meanwhile: Callable[[], object] = lambda: None) -> memoryview:
+    def receive(self, meanwhile: Callable[[], object] = lambda: None, timeout: float = math.inf) -> memoryview:
         """The next message of the rank before; blocks until it is there. Its memory is the caller's.
 
         Args:
+            timeout: seconds to wait for its first byte; then somebody in the ring computes no more, and is lost.
             meanwhile: called once if there is nothing yet. Who reads an old message here has the processor's caches
                 full of what it takes to read the next one.
 
@@ -107,7 +109,7 @@ class DirectRing:
         try:
             if not got and not (got := self._in.try_recv_into(memoryview(buffer))):
                 meanwhile()
-            got = self._fill(buffer, got, _HEAD_BYTES)
+            got = self._fill(buffer, got, _HEAD_BYTES, timeout)
             count = int.from_bytes(buffer[_HEAD_BYTES - _DIM_BYTES : _HEAD_BYTES], "big")
             tag = self._received & 0xFFFFFFFF
             if buffer[:_HEAD_BYTES] != frame.pack_bytes(_UINT8, self._generation, tag, count) or count > MAX_BYTES:
@@ -139,12 +141,12 @@ class DirectRing:
         self._world.close()
         self._fail(PeerLost("this rank has left", self.rank))
 
-    def _fill(self, buffer: bytearray, got: int, least: int) -> int:
+    def _fill(self, buffer: bytearray, got: int, least: int, timeout: float = math.inf) -> int:
         """Read until `least` bytes are there, or more; how many. The first one may take as long as it will.
 
         Who computes says nothing; who has begun to send only goes on with that.
         """
-        silence, patience = 0.0, self._world.patience
+        silence, patience, waited = 0.0, self._world.patience, 0.0
         with memoryview(buffer) as view:
             while got < least:
                 if count := self._in.try_recv_into(view[got:]):
@@ -154,10 +156,14 @@ class DirectRing:
                     reason = f"it sent half a frame, then nothing for {patience:g} s"
                     self._world.report_lost(self._before, reason, may_return=True)
                     raise ConnectionLost(reason)
+                if waited > timeout:
+                    reason = f"nothing came back for {timeout:g} s: a stage computes no more"
+                    self._world.report_lost(self._before, reason, may_return=True)
+                    raise ConnectionLost(reason)
                 began = time.monotonic()
                 self._wait(self._in, is_sending=False)
-                if got:  # a longer wait is one in which this process was suspended
-                    silence += min(time.monotonic() - began, _LOOK_SECONDS)
+                passed = min(time.monotonic() - began, _LOOK_SECONDS)  # if more, this process was suspended
+                silence, waited = (silence + passed, waited) if got else (0.0, waited + passed)
         return got
 
     def _refusal(self, buffer: bytearray) -> SmolError:

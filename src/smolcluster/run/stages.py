@@ -100,7 +100,7 @@ class Stages:
             ServingError: a process did not come.
             CheckpointError: the weights are damaged.
         """
-        self._store, self._layout = store, layout
+        self._store, self._layout, self._timeout = store, layout, settings.timeout
         self._hub: StageHub | None = None
         self._groups: list[StageGroup] = []
         self.executors: list[tuple[Executor, Recover | None]] = []
@@ -250,8 +250,9 @@ class Stages:
     def _add_group(self, stages: int, own: Machine | None) -> None:
         assert self._hub is not None, "somebody else computes"
         group = StageGroup(
-            self._hub, self._listen, self._network, self._store, self._size, self._plan, stages=stages, own=own
-        )
+            self._hub, self._listen, self._network, self._store, self._size, self._plan, stages=stages, own=own,
+            timeout=self._timeout,
+        )  # fmt: skip
         self._groups.append(group)
         executor = group.chain(timeout=START_SECONDS, needs_all=True)
         self.executors.append((executor, partial(group.recover, timeout=RETURN_PATIENCES * self._layout.patience)))

@@ -119,6 +119,10 @@ class Executor(Protocol):
         """Why it can compute no more, as far as is known."""
         ...
 
+    def abandon(self) -> None:
+        """End it whatever is under way, from any thread; who waits for a result gets an error."""
+        ...
+
 
 class LocalExecutor:
     """All layers in this process."""
@@ -146,6 +150,9 @@ class LocalExecutor:
     def failure(self) -> SmolError | None:
         """Nothing that can be lost."""
         return None
+
+    def abandon(self) -> None:
+        """Nobody waits for others."""
 
 
 def sample(

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.5
 # How often one whose stages are gone looks whether there are others.
 RETRY_SECONDS = 5.0
+# For what is under way when the engine ends.
+CLOSE_SECONDS = 5.0
 # How often a stream goes on with other stages without a new token in between.
 MAX_RECOVERIES = 3
 
@@ -142,8 +144,11 @@ class Replica:
             self._queue.news.notify_all()
 
     def join(self) -> None:
-        """Wait for the thread's end."""
-        self._thread.join()
+        """Wait for the thread's end; who does not answer meanwhile is not waited for."""
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._executor.abandon()
+            self._thread.join()
 
     # ---- the thread
 

@@ -57,6 +57,7 @@ class StageGroup:
         *,
         stages: int,
         own: Machine | None,
+        timeout: float,
     ) -> None:
         """Take no node yet.
 
@@ -69,9 +70,11 @@ class StageGroup:
             plan: divides the layers.
             stages: how many there should be, this host's own included.
             own: what this host can do; None: it runs the engine only.
+            timeout: seconds for a micro-batch; see ChainExecutor.
         """
         self._hub, self._listen, self._network = hub, listen, network
         self._store, self._size, self._plan = store, size, plan
+        self._timeout = timeout
         self._wanted, self._own = stages - (own is not None), own
         self._chain: ChainExecutor | None = None
         self._unwatch: list[Callable[[], None]] = []  # of the newest chain's nodes
@@ -197,7 +200,9 @@ class StageGroup:
         except BaseException:
             world.close()
             raise
-        self._chain = ChainExecutor(ring, decoder, slots=self._size.slots, length=self._size.length)
+        self._chain = ChainExecutor(
+            ring, decoder, slots=self._size.slots, length=self._size.length, timeout=self._timeout
+        )
         logger.info("chain made generation=%d stages=%s", generation, self.stages)
         return self._chain
 

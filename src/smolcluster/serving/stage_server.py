@@ -10,6 +10,7 @@ micro-batches are under way as rank 0 begins.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,8 +36,13 @@ class Ring(Protocol):
         """Send a message to the next rank."""
         ...
 
-    def receive(self, meanwhile: Callable[[], object] = lambda: None) -> memoryview:
-        """The next message of the rank before; blocks. `meanwhile`: called if there is time."""
+    def receive(self, meanwhile: Callable[[], object] = lambda: None, timeout: float = math.inf) -> memoryview:
+        """The next message of the rank before; blocks.
+
+        Args:
+            meanwhile: called if there is time.
+            timeout: seconds until somebody counts as lost if nothing comes.
+        """
         ...
 
     def failure(self) -> SmolError | None:
@@ -55,17 +61,21 @@ class Ring(Protocol):
 class ChainExecutor:
     """The engine's side: rank 0."""
 
-    def __init__(self, ring: Ring, decoder: LayerDecoder | None, *, slots: int, length: int) -> None:
+    def __init__(
+        self, ring: Ring, decoder: LayerDecoder | None, *, slots: int, length: int, timeout: float = math.inf
+    ) -> None:
         """Begin with empty slots.
 
         Args:
             ring: the stages in order, this one first; two or more ranks.
             decoder: the first layers; None: they are on rank 1, as this host has no layers.
             slots, length: that every stage has.
+            timeout: seconds for a micro-batch; then a stage counts as lost that may only have stopped to compute.
         """
         self._ring = ring
         self._decoder = decoder
         self._newest: memoryview | None = None
+        self._timeout = timeout
         self.slots, self.length = slots, length
         self.depth = ring.world_size - (decoder is None)
 
@@ -84,7 +94,7 @@ class ChainExecutor:
         Raises:
             PeerLost: a stage is gone.
         """
-        message = self._ring.receive(self._reread)
+        message = self._ring.receive(self._reread, self._timeout)
         self._newest = message
         return replace(unpack_tokens(message), hops=self._ring.world_size)
 
