@@ -17,6 +17,7 @@ from smolcluster.errors import PeerLost, ServingError, SmolError
 from smolcluster.models.decoder import Segment
 from smolcluster.models.decoder_config import read_decoder_config
 from smolcluster.models.decoder_files import DecoderLoader
+from smolcluster.models.linear import WeightKind
 from smolcluster.models.tensor_files import TensorFiles
 from smolcluster.serving.engine import Engine
 from smolcluster.serving.executor import LocalExecutor, MicroBatch, NewTokens
@@ -369,3 +370,17 @@ def test_streams_go_on_with_another_executor(llama: Path, engines: list[Engine],
         assert answer.wait().tokens == wanted
         assert answer.text == decode(wanted)
     assert engine.counts.recoveries == 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-dynamic"])
+def test_a_prompt_in_pieces_with_integer_weights(llama: Path, engines: list[Engine], kind: WeightKind) -> None:
+    """A piece that is not the last one gives no token."""
+    config = read_decoder_config(llama)
+    assert config is not None
+    with TensorFiles(llama) as files:
+        loader = DecoderLoader(config, torch.float32, kind, is_isolated=True)
+        decoder = loader.load(files, range(config.num_layers + 2), slots=2, length=LENGTH)
+    engine = Engine([(LocalExecutor(decoder), None)], decode, is_deterministic=True)
+    engines.append(engine)
+    asked = [Asked(engine, Request(prompt, 8, Sampling(temperature=0.0))) for prompt in (prompts()[2], prompts()[4])]
+    assert [(each.wait().reason, len(each.tokens)) for each in asked] == [("length", 8)] * 2

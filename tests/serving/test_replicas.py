@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,3 +256,54 @@ def test_an_engine_ends_though_its_stages_do_not_answer(llama: Path, monkeypatch
     until(lambda: bool(executor.batches))
     engine.close()
     assert asked.wait().reason == "error"
+
+
+def test_an_executor_that_cannot_be_made_anew_leaves_nobody_waiting(
+    llama: Path, close: Callable[[Engine], Engine]
+) -> None:
+    def fail(_: SmolError) -> Executor:
+        raise RuntimeError("not enough memory")
+
+    mortal = make(llama)
+    mortal.dies_at = 2
+    engine = close(Engine([(mortal, fail)], decode))
+    assert ask(engine, 0).wait().reason == "error"
+    until(lambda: engine.failure is not None)
+    with pytest.raises(Unavailable):
+        engine.submit(Request([1], 1), lambda event: None)
+
+
+def test_a_text_that_cannot_be_decoded_ends_its_own_stream_only(
+    llama: Path, answers: list[list[int]], close: Callable[[Engine], Engine]
+) -> None:
+    def broken(tokens: Sequence[int]) -> str:
+        if answers[1][3] in tokens and answers[1][2] in tokens:
+            raise KeyError("no such token")
+        return decode(tokens)
+
+    engine = close(Engine([(make(llama), None)], broken))
+    asked = [ask(engine, 1), ask(engine, 2)]
+    assert asked[0].wait().reason == "error"
+    assert len(asked[0].tokens) < TOKENS
+    assert asked[1].wait().reason in ("length", "error")
+    assert engine.failure is None
+
+
+def test_streams_wait_for_a_replica_that_is_about_to_come_back(
+    llama: Path, answers: list[list[int]], close: Callable[[Engine], Engine]
+) -> None:
+    """Both fail; the one that has no other executor does not end what the other one will go on with."""
+    ready = threading.Event()
+
+    def recover(_: SmolError) -> Executor:
+        assert ready.wait(20)
+        return make(llama)
+
+    executors = [make(llama), make(llama)]
+    for executor in executors:
+        executor.dies_at = 4
+    engine = close(Engine([(executors[0], recover), (executors[1], refuse)], decode))
+    asked = [ask(engine, number) for number in range(6)]
+    until(lambda: engine.replicas[1].is_down and engine.replicas[0].failure is not None)
+    ready.set()
+    assert [each.wait().tokens for each in asked] == answers

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from smolcluster.cluster.world import GRACE, World
-from smolcluster.errors import CollectiveMismatch, ConnectionLost, PeerLost, SmolError
+from smolcluster.errors import CollectiveMismatch, CollectiveTimeout, ConnectionLost, PeerLost, SmolError
 from smolcluster.transport import frame
 from smolcluster.transport.base import Channel
 from smolcluster.transport.frame import KIND_MESSAGE
@@ -92,7 +92,7 @@ class DirectRing:
         """The next message of the rank before; blocks until it is there. Its memory is the caller's.
 
         Args:
-            timeout: seconds to wait for its first byte; then somebody in the ring computes no more, and is lost.
+            timeout: seconds to wait for its first byte; then the ring is over.
             meanwhile: called once if there is nothing yet. Who reads an old message here has the processor's caches
                 full of what it takes to read the next one.
 
@@ -100,6 +100,7 @@ class DirectRing:
             PeerLost: a rank is lost, or sent a part of a message and then nothing for the world's patience; or what
                 else ended the world.
             CollectiveMismatch: it is of another generation, or not the next one.
+            CollectiveTimeout: nothing came in time.
         """
         # Most messages are as long as the one before: then one read takes all of it, and nothing of the next one.
         buffer = bytearray(max(_HEAD_BYTES + self._expected, len(self._rest)))
@@ -156,10 +157,10 @@ class DirectRing:
                     reason = f"it sent half a frame, then nothing for {patience:g} s"
                     self._world.report_lost(self._before, reason, may_return=True)
                     raise ConnectionLost(reason)
-                if waited > timeout:
-                    reason = f"nothing came back for {timeout:g} s: a stage computes no more"
-                    self._world.report_lost(self._before, reason, may_return=True)
-                    raise ConnectionLost(reason)
+                if waited > timeout:  # whose fault it is, nobody knows here
+                    late = CollectiveTimeout(f"nothing came for {timeout:g} s: somebody in the ring does not go on")
+                    self._world.abort(late)
+                    raise late
                 began = time.monotonic()
                 self._wait(self._in, is_sending=False)
                 passed = min(time.monotonic() - began, _LOOK_SECONDS)  # if more, this process was suspended

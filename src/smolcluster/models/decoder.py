@@ -197,6 +197,8 @@ class Decoder:
             x = x + self._feed_forward(block, self._norm(block.ff_norm, x))
         if self.exit is None:
             return x
+        if not wanted:  # a piece of a prompt
+            return x.new_empty((0, self.config.vocab_size))
         rows = x if len(wanted) == x.shape[0] else x[list(wanted)]
         return self.exit.head(self._norm(self.exit.norm, rows))
 

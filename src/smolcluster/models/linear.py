@@ -19,7 +19,6 @@ Source    Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, section 2 (absmax 
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,6 +36,8 @@ _LARGEST = 127
 _CHUNK_NUMBERS = 1 << 18
 # Of a matrix for oneDNN: more parts take more calls.
 _PACKED_BYTES = 4 << 20
+# Of a row of zeros; any number does.
+_LEAST_SCALE = 1e-30
 # PyTorch's product reads so many weights of a row at once; with rows of other widths it reads past the end, and dies.
 _INT8_WIDTH = 16
 
@@ -70,7 +71,9 @@ def quantised(weight_FD: Tensor | Rows) -> tuple[Tensor, Tensor]:
     """Rows rounded to int8 (F, D), and the scale of each (F,) in float32: weight = int8 x scale."""
     count, width = weight_FD.shape
     chunks = weight_FD.chunks if isinstance(weight_FD, Rows) else _split(weight_FD, _CHUNK_NUMBERS // width)
-    values, scale_F, row = torch.empty((count, width), dtype=torch.int8), torch.empty(count), 0
+    device = weight_FD.device if isinstance(weight_FD, Tensor) else torch.device("cpu")
+    values = torch.empty((count, width), dtype=torch.int8, device=device)
+    scale_F, row = torch.empty(count, device=device), 0
     for chunk in chunks:
         own = slice(row, row + len(chunk))
         numbers = chunk.float()
@@ -106,30 +109,37 @@ _HAS_VNNI = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 class _IntegerProduct:
-    """Products of unsigned integers with int8 weights, by oneDNN, which is fast at them on x86."""
+    """Products of integers with int8 weights, by oneDNN, which is fast at them on x86."""
 
     def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
-        self._bias = bias_F
         # oneDNN makes a copy in an order of its own: part by part, so that not all of it is there twice.
         self._parts = [
             (torch.ops.onednn.qlinear_prepack(values, None), scale_F, torch.zeros(len(scale_F), dtype=torch.int64))
             for values, scale_F in _quantised_parts(weight_FD)
         ]
+        self._bias = torch.zeros(()) if bias_F is None else bias_F.float()
         self.outputs = sum(len(scale_F) for _, scale_F, _ in self._parts)
+        self.largest = 127 if _HAS_VNNI else 63
 
-    def __call__(self, x_ND: Tensor, scale: float, zero: int) -> Tensor:
-        """(N, D) uint8, which stands for scale (x - zero), to (N, F) float32."""
-        bias = self._bias if len(self._parts) == 1 else None
+    def scales(self, x_ND: Tensor) -> Tensor:
+        """(N, 1): what the integers of each row are to be multiplied with; no row's depends on another one's."""
+        return x_ND.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST_SCALE).div_(self.largest)
+
+    def product(self, integers_ND: Tensor) -> Tensor:
+        """(N, D) of whole numbers up to `largest`, in float32, which are overwritten; (N, F) float32."""
+        zero = self.largest + 1
+        x_ND = integers_ND.add_(zero + 0.5).to(torch.uint8)  # rounds, where they are not whole
         outs: list[Tensor] = [
             torch.ops.onednn.qlinear_pointwise.default(
-                x_ND, scale, zero, packed, scale_F, zero_F, bias, 1.0, 0, torch.float32, "none", [], ""
+                x_ND, 1.0, zero, packed, scale_F, zero_F, None, 1.0, 0, torch.float32, "none", [], ""
             )
             for packed, scale_F, zero_F in self._parts
         ]
-        if len(outs) == 1:
-            return outs[0]
-        out = torch.cat(outs, dim=1)
-        return out if self._bias is None else out.add_(self._bias)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def finished(self, out_NF: Tensor, scale_N1: Tensor, dtype: torch.dtype) -> Tensor:
+        """Times the scale, plus the bias. What was not finite is not finite here."""
+        return torch.addcmul(self._bias, out_NF, scale_N1).to(dtype)
 
 
 def _quantised_parts(weight_FD: Tensor | Rows) -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,47 +162,40 @@ def _quantised_parts(weight_FD: Tensor | Rows) -> Iterator[tuple[Tensor, Tensor]
 
 
 class TwoDigitInt8Linear:
-    """Weights of int8, activations of two digits of 8 bits each: see above. The largest activation sets the scale."""
+    """Weights of int8, activations of two digits of 8 bits each: see above. A row's largest one sets its scale."""
 
     def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
-        self._largest = 127 if _HAS_VNNI else 63
-        # It is added to the products of both digits.
-        share = 1 + 1 / (2 * self._largest)
-        self._product = _IntegerProduct(weight_FD, None if bias_F is None else bias_F.float() / share)
+        self._inner = _IntegerProduct(weight_FD, bias_F)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """(N, D) to (N, F)."""
-        x, largest, rows = x_ND.float(), self._largest, len(x_ND)
-        edge = float(torch.linalg.vector_norm(x, math.inf)) or 1.0
-        if not math.isfinite(edge):  # and so is nothing that comes of it
-            return x_ND.new_full((rows, self._product.outputs), math.nan)
-        steps_ND = x * (largest / edge)
+        inner, rows = self._inner, len(x_ND)
+        if not rows:
+            return x_ND.new_empty((0, inner.outputs))
+        x, digit = x_ND.float(), 2 * inner.largest
+        scale_N1 = inner.scales(x)
+        steps_ND = x / scale_N1
         first_ND = steps_ND.round()
         # A rest is half a step at most; as large as the first digit it gets as many bits.
-        rest_ND = steps_ND.sub_(first_ND).mul_(2 * largest)
-        digits = torch.cat([first_ND, rest_ND]).add_(largest + 1.5).to(torch.uint8)  # rounds
-        out = self._product(digits, edge / largest, largest + 1)
-        return torch.add(out[:rows], out[rows:], alpha=1 / (2 * largest)).to(x_ND.dtype)
+        rest_ND = steps_ND.sub_(first_ND).mul_(digit)
+        out = inner.product(torch.cat([first_ND, rest_ND]))
+        return inner.finished(torch.add(out[:rows], out[rows:], alpha=1 / digit), scale_N1, x_ND.dtype)
 
 
 class DynamicInt8Linear:
-    """Weights and activations of 8 bits; the smallest and the largest activation set the scale."""
+    """Weights and activations of 8 bits; a row's largest activation sets its scale."""
 
     def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
-        self._product = _IntegerProduct(weight_FD, None if bias_F is None else bias_F.float())
-        self._levels = 254 if _HAS_VNNI else 126  # and one more where a half is rounded up
+        self._inner = _IntegerProduct(weight_FD, bias_F)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """(N, D) to (N, F)."""
-        x, levels = x_ND.float(), self._levels
-        low, high = map(float, torch.aminmax(x))
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = (high - low) / levels or 1.0
-        if not math.isfinite(scale):
-            return x_ND.new_full((len(x), self._product.outputs), math.nan)
-        zero = round(-low / scale)
-        digits = (x * (1 / scale)).add_(zero + 0.5).to(torch.uint8)  # rounds
-        return self._product(digits, scale, zero).to(x_ND.dtype)
+        inner = self._inner
+        if not len(x_ND):
+            return x_ND.new_empty((0, inner.outputs))
+        x = x_ND.float()
+        scale_N1 = inner.scales(x)
+        return inner.finished(inner.product(x / scale_N1), scale_N1, x_ND.dtype)
 
 
 Linear = Callable[[Tensor], Tensor]
@@ -209,9 +212,10 @@ def make_linear(weight_FD: Tensor | Rows, bias_F: Tensor | None, kind: WeightKin
     Raises:
         ConfigError: "int8-dynamic" outside x86.
     """
-    if isinstance(weight_FD, Tensor) and stays(weight_FD.shape[1], kind, weight_FD.device):
+    device = weight_FD.device if isinstance(weight_FD, Tensor) else torch.device("cpu")
+    if isinstance(weight_FD, Tensor) and stays(weight_FD.shape[1], kind, device):
         return PlainLinear(weight_FD, bias_F)
-    if isinstance(weight_FD, Tensor) and not multiplies_integers(weight_FD.device):
+    if not multiplies_integers(device):
         return Int8Linear(weight_FD, bias_F)
     return TwoDigitInt8Linear(weight_FD, bias_F) if kind == "int8" else DynamicInt8Linear(weight_FD, bias_F)
 

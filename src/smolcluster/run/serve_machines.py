@@ -74,8 +74,11 @@ def told_split(config: Config, hosts: ServingHosts, split: Sequence[int] | None)
     if not isinstance(told, dict):
         return told
     names = [*([hosts.controller.name] if hosts.has_layers else []), *(node.name for node in hosts.nodes)]
+    names = names[: processes_of(config, hosts)]
     if missing := [name for name in names if name not in told]:
-        raise ConfigError(f"cluster.layer_distribution gives no layers to {', '.join(missing)}. Name all, or none")
+        raise ConfigError(
+            f"cluster.layer_distribution gives no layers to {', '.join(missing)}. Name all that compute, or none"
+        )
     return tuple(told[name] for name in names)
 
 

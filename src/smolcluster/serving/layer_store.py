@@ -108,8 +108,14 @@ def fastest_dtype(config: ModelSizes, device: str) -> str:
 
 
 def measure_machine(config: ModelSizes, dtype: str, device: str) -> Machine:
-    """What this machine can do with weights of this dtype; blocks for a second."""
+    """What this machine can do with weights of this dtype; blocks for a second.
+
+    Raises:
+        ConfigError: it has no products of this dtype.
+    """
     seconds, read = _time_products(config, dtype, torch.device(device))
+    if math.isinf(seconds):
+        raise ConfigError(f"--dtype {dtype} cannot be computed on {device} here. Choose another one, such as fp32")
     own = psutil.Process().memory_info().rss  # layers of an earlier session among it, which will be used again
     free = psutil.virtual_memory().available + own
     if torch.device(device).type == "cuda":

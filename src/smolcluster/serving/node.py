@@ -87,6 +87,7 @@ class StageNode:
             if kind == "assign":
                 assigned = _read_assignment(message)
                 if assigned.generation == self._generation:  # nothing newer is known yet
+                    self._session.send(SERVER, "accepted", {"generation": assigned.generation})
                     ready = self._prepare(assigned)
             elif ready is not None and message.get("generation") == ready.assigned.generation:
                 self._serve(ready, _read_members(message))

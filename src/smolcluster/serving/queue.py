@@ -131,6 +131,11 @@ class StreamQueue:
         with self.news:
             return any(each.failure is None for each in self.desks if each is not desk)
 
+    def has_hope(self, desk: Desk) -> bool:
+        """Whether another replica computes, or is about to."""
+        with self.news:
+            return any(not each.is_down for each in self.desks if each is not desk)
+
     def failure(self) -> str | None:
         """Why no replica computes; None: one does."""
         with self.news:

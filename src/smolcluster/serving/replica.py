@@ -34,6 +34,7 @@ CLOSE_SECONDS = 5.0
 # How often a stream goes on with other stages without a new token in between.
 MAX_RECOVERIES = 3
 
+_FAILED = "the server has failed; see its log"
 # Makes an executor of the same size in place of one that has failed, whose error it is given. It may block.
 Recover = Callable[[SmolError], Executor]
 
@@ -153,22 +154,31 @@ class Replica:
     # ---- the thread
 
     def _run(self) -> None:
-        while self._wait():
-            try:
-                self._end_old()
-                self._check()
-                self._admit()
-                self._launch()
-                if self._under_way:
-                    self._collect()
-            except SmolError as error:
-                self._begin_again(error)
-            except Exception:  # nobody may be left waiting, whatever it is
-                logger.exception("a step has failed")
-                self._end_all("the server has failed; see its log")
-                self._begin_again(ServingError("a step has failed"))
-        self._end_all("the server is shutting down")
-        self._end_waiting("the server is shutting down")
+        try:
+            while self._wait():
+                try:
+                    self._step()
+                except SmolError as error:
+                    self._begin_again(error)
+                except Exception:  # nobody may be left waiting, whatever it is
+                    logger.exception("a step has failed")
+                    self._end_all(_FAILED)
+                    self._begin_again(ServingError("a step has failed"))
+        except Exception:
+            logger.exception("a replica has failed")
+            with self._queue.news:
+                self.failure, self.is_down = _FAILED, True
+        self._end_all("the server is shutting down" if self._queue.is_closing else _FAILED)
+        if self._queue.is_closing or not self._queue.has_hope(self):
+            self._end_waiting("the server is shutting down" if self._queue.is_closing else _FAILED)
+
+    def _step(self) -> None:
+        self._end_old()
+        self._check()
+        self._admit()
+        self._launch()
+        if self._under_way:
+            self._collect()
 
     def _wait(self) -> bool:
         """Until there is something to do; False: the end."""
@@ -182,7 +192,7 @@ class Replica:
     def _check(self) -> None:
         if self._is_reconnecting or self.is_down:
             self._is_reconnecting = False
-            raise ServingError("asked to reconnect")
+            raise ServingError(self.failure or "asked to reconnect")
         if (error := self._executor.failure()) is not None:
             raise error
 
@@ -211,6 +221,10 @@ class Replica:
         except SmolError as reason:
             self._give_up(reason)
             return
+        except Exception as exc:  # such as too little memory for more layers
+            logger.exception("no other executor could be made")
+            self._give_up(ServingError(f"its layers could not be spread anew ({type(exc).__name__}); see the log"))
+            return
         with self._queue.news:
             self._executor = executor
             self.failure, self.is_down = None, False
@@ -233,7 +247,7 @@ class Replica:
             self.failure = str(reason) if self.is_down else None
         if self.is_down:
             logger.error("there is no other executor reason=%s", reason)
-        if self._queue.has_others(self):
+        if self._queue.has_hope(self):
             self._give_back()
             return
         self._end_all(str(reason))
@@ -302,7 +316,11 @@ class Replica:
         for slot, sampled in found.tokens.items():
             stream = self.streams[slot]
             stream.is_busy = False
-            self._take(stream, sampled)
+            try:
+                self._take(stream, sampled)
+            except Exception:  # a text that cannot be decoded: the others go on
+                logger.exception("a token could not be told")
+                self._finish(stream, "error", error=_FAILED)
 
     def _note(self, found: NewTokens) -> None:
         observer = self._rules.observer
@@ -345,7 +363,10 @@ class Replica:
         sampled: Sampled | None = None,
         error: str | None = None,
     ) -> None:
-        piece += stream.text.end()
+        try:
+            piece += stream.text.end()
+        except Exception:
+            logger.exception("an answer's end could not be decoded")
         with self._queue.news:
             if self.streams.get(stream.slot) is stream:
                 del self.streams[stream.slot]

@@ -79,6 +79,7 @@ class StageGroup:
         self._chain: ChainExecutor | None = None
         self._unwatch: list[Callable[[], None]] = []  # of the newest chain's nodes
         self.stages: list[tuple[str, range]] = []
+        self._nodes: list[Node] = []
 
     def chain(self, *, timeout: float, needs_all: bool = False) -> Executor:
         """A chain of as many stages as there should be, or of as many nodes as there are; blocks until they have met.
@@ -100,8 +101,8 @@ class StageGroup:
     def recover(self, error: SmolError, *, timeout: float) -> Executor:
         """Another chain, after one has failed; see `chain`. Who was lost is left out, also if it seems to be there."""
         lost = []
-        if isinstance(error, PeerLost) and 0 < error.rank <= len(self._names()):
-            lost = [self._names()[error.rank - 1]]
+        if isinstance(error, PeerLost) and 0 < error.rank <= len(self._nodes):
+            lost = [self._nodes[error.rank - 1]]
         return self._make(lost, timeout, needs_all=False)
 
     def close(self) -> None:
@@ -112,7 +113,7 @@ class StageGroup:
                 self._chain = None
         self._abandon()
 
-    def _make(self, without: Sequence[str], timeout: float, needs_all: bool) -> Executor:
+    def _make(self, without: Sequence[Node], timeout: float, needs_all: bool) -> Executor:
         deadline = time.monotonic() + timeout
         while True:
             self._abandon()
@@ -124,32 +125,31 @@ class StageGroup:
                     raise
                 logger.warning("chain not made reason=%s", error)
                 if 0 < error.rank <= len(nodes):
-                    without = [*without, nodes[error.rank - 1].name]
+                    without = [*without, nodes[error.rank - 1]]
             except (TransportError, ClusterError) as error:
                 logger.warning("chain not made reason=%s", error)
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(TICK)
 
-    def _names(self) -> list[str]:
-        """The nodes of the newest chain, in order."""
-        return [name for name, _ in self.stages][self._own is not None :]
+    def _chosen(self, without: Sequence[Node], deadline: float) -> list[Node]:
+        """Those of the newest chain in their places, others in the places of those that are gone.
 
-    def _chosen(self, without: Sequence[str], deadline: float) -> list[Node]:
-        """Those of the newest chain in their places, others in the places of those that are gone."""
+        Args:
+            without: sessions that are not to be used. Whoever comes again has another one.
+            deadline: until when somebody is waited for.
+        """
         least = 0 if self._own is not None else 1
         hub = self._hub
         with hub.news:
             while True:
                 hub.check_open()
-                able = {
-                    node.name: node for node in hub.nodes() if node.group in (None, self) and node.name not in without
-                }
+                able = {node.name: node for node in hub.nodes() if node.group in (None, self) and node not in without}
                 if len(able) >= least:
                     break
                 if not hub.news.wait(TICK) and time.monotonic() >= deadline:
                     raise ServingError("no node is there to compute. Start one")
-            places = [able.pop(name, None) for name in self._names()[: self._wanted]]
+            places = [able.pop(node.name, None) for node in self._nodes[: self._wanted]]
             places += [None] * (self._wanted - len(places))
             spares = iter(able.values())
             found = [node or next(spares, None) for node in places]
@@ -169,12 +169,13 @@ class StageGroup:
         generation, run_id = hub.next_generation(), secrets.token_hex(8)
         for rank, (node, layers) in enumerate(zip(nodes, others, strict=True), start=1):
             with hub.news:
+                node.is_reading = node.loaded != node.assigned  # what it was told before
                 node.assigned = generation
             node.world.send(WORKER, "assign", self._assignment(generation, run_id, rank, layers))
         decoder = None if own is None else self._store.decoder(own, self._size)
         self._wait_loaded(nodes, generation)
         names = [*([hub.name] if self._own is not None else []), *(node.name for node in nodes)]
-        self.stages = list(zip(names, split, strict=True))
+        self.stages, self._nodes = list(zip(names, split, strict=True)), list(nodes)
         if not nodes:
             assert decoder is not None, "without nodes this host has all layers"
             return LocalExecutor(decoder)
@@ -220,6 +221,7 @@ class StageGroup:
 
     def _wait_loaded(self, nodes: Sequence[Node], generation: int) -> None:
         deadline = time.monotonic() + LOAD_TIMEOUT
+        answered_by = time.monotonic() + MEET_PATIENCES * self._hub.patience
         with self._hub.news:
             while True:
                 self._hub.check_open()
@@ -229,6 +231,9 @@ class StageGroup:
                     if node.loaded == generation and node.failed is not None:
                         reason, node.failed = node.failed, None
                         raise NodeFailed(f"node {node.name} cannot compute its layers: {reason}", rank)
+                    # Its session lives, but what computes does not: a hung device.
+                    if not node.is_reading and node.accepted != generation and time.monotonic() >= answered_by:
+                        raise PeerLost(f"node {node.name} does not take layers", rank)
                 if all(node.loaded == generation for node in nodes):
                     return
                 if time.monotonic() >= deadline:

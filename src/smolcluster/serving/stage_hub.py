@@ -5,6 +5,7 @@ What they compute is decided for each chain of stages (stage_group.py).
     controller -> node    measure  dtype
     node -> controller    machine  bytes_per_s, free_bytes; or failed: generation 0, reason
     controller -> node    assign   generation, run_id, rank, layers, slots, length, dtype, is_deterministic
+    node -> controller    accepted generation
     node -> controller    loaded   generation, address; or failed: generation, reason
     controller -> node    meet     generation, members
     controller -> node    end      it will not come back; another one may
@@ -40,6 +41,8 @@ class Node:
         machine: what it can do; None: not known yet.
         group: which chains it is for; None: nobody's.
         assigned: the newest generation that it was given layers for.
+        accepted: the one that it has begun to read.
+        is_reading: it was reading for an earlier one then.
         loaded: the generation whose layers it has read.
         address: where it listens for that generation.
         failed: why it could not read them, or cannot serve this model at all.
@@ -51,7 +54,9 @@ class Node:
     machine: Machine | None = None
     group: object | None = None
     assigned: int = 0
-    loaded: int = -1
+    accepted: int = -1
+    is_reading: bool = False
+    loaded: int = 0
     address: str = ""
     failed: str | None = None
 
@@ -118,7 +123,7 @@ class StageHub:
             while True:
                 self.check_open()
                 for node in self._nodes.values():
-                    if node.failed is not None:
+                    if node.failed is not None and node.newcomer.rank in ranks:
                         raise ServingError(f"node {node.name} cannot serve this model: {node.failed}")
                 here = {node.newcomer.rank for node in self.nodes()}
                 missing = [names[rank] for rank in ranks if rank not in here]
@@ -176,6 +181,7 @@ class StageHub:
     def _begin(self, newcomer: Newcomer, world: SessionWorld) -> None:
         node = Node(newcomer, world, machine=None if self._measures else Machine())
         world.on("machine", lambda _, message: self._measured(node, message))
+        world.on("accepted", lambda _, message: self._accepted(node, message))
         world.on("loaded", lambda _, message: self._answered(node, message))
         world.on("failed", lambda _, message: self._answered(node, message))
         with self.news:
@@ -202,6 +208,12 @@ class StageHub:
                     node.machine = Machine(bytes_per_s, float(free_bytes))
                     self.news.notify_all()
                 logger.info("node measured name=%s machine=%s", node.name, node.machine)
+
+    def _accepted(self, node: Node, message: JsonObject) -> None:
+        with self.news:
+            if message.get("generation") == node.assigned:
+                node.accepted = node.assigned
+            self.news.notify_all()
 
     def _answered(self, node: Node, message: JsonObject) -> None:
         with self.news:
