@@ -35,7 +35,7 @@ _LARGEST = 127
 # Of a weight that are rounded at once: what is needed besides is small.
 _CHUNK_NUMBERS = 1 << 18
 # Of a matrix for oneDNN: more parts take more calls.
-_PACKED_BYTES = 4 << 20
+_PACKED_BYTES = 16 << 20
 # Of a row of zeros; any number does.
 _LEAST_SCALE = 1e-30
 # PyTorch's product reads so many weights of a row at once; with rows of other widths it reads past the end, and dies.
