@@ -3,8 +3,8 @@
     SMOLCLUSTER_DATA=FOLDER python benchmarks/serving_perplexity.py
     python benchmarks/serving_perplexity.py --model FOLDER --text FILE --tokens 24000
 
-The text is cut into pieces of 256 tokens, each seen from its beginning; the layers are those that `serve` runs. The goal
-is 1 % of fp32.
+The text is cut into pieces of 256 tokens, each seen from its beginning; the layers are those that `serve` runs. The
+goal is 1 % of fp32.
 """
 
 from __future__ import annotations
