@@ -18,7 +18,7 @@ from smolcluster.serving.executor import Executor, MicroBatch, NewTokens
 from smolcluster.serving.queue import StreamQueue
 from smolcluster.serving.replica import Observer
 from smolcluster.serving.requests import Event, Request, Unavailable
-from smolcluster.serving.sampling import Sampling
+from smolcluster.serving.sampling import Sampled, Sampling
 
 TOKENS = 20
 
@@ -307,3 +307,23 @@ def test_streams_wait_for_a_replica_that_is_about_to_come_back(
     until(lambda: engine.replicas[1].is_down and engine.replicas[0].failure is not None)
     ready.set()
     assert [each.wait().tokens for each in asked] == answers
+
+
+@pytest.mark.parametrize("mistake", ["none", "another slot", "another number"])
+def test_an_answer_that_was_not_asked_for_is_a_failure_and_nobody_waits_for_ever(
+    llama: Path, answers: list[list[int]], close: Callable[[Engine], Engine], mistake: str
+) -> None:
+    class Odd(CountingExecutor):
+        def result(self) -> NewTokens:
+            found = super().result()
+            if len(self.batches) < 4:
+                return found
+            if mistake == "another number":
+                return replace(found, number=found.number + 1)
+            return replace(found, tokens={} if mistake == "none" else {7: Sampled(1)})
+
+    odd = make_executor(llama)
+    odd.__class__ = Odd
+    engine = close(Engine([(odd, lambda _: make_executor(llama))], decode))
+    assert [each.wait().tokens for each in [ask(engine, 0), ask(engine, 1)]] == answers[:2]
+    assert engine.counts.recoveries == 1

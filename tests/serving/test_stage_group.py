@@ -10,7 +10,7 @@ import pytest
 
 from smolcluster.cluster.sessions import Newcomer
 from smolcluster.cluster.world import World
-from smolcluster.errors import ServingError
+from smolcluster.errors import PeerLost, ServingError
 from smolcluster.serving.layer_store import CacheSize, LayerStore, Machine
 from smolcluster.serving.stage_group import StageGroup
 from smolcluster.serving.stage_hub import Node, StageHub
@@ -21,6 +21,7 @@ class FakeHub:
 
     def __init__(self) -> None:
         self.news = threading.Condition()
+        self.patience = 0.03
         self.here: list[Node] = []
 
     def nodes(self) -> list[Node]:
@@ -79,3 +80,22 @@ def test_replicas_do_not_take_each_others_nodes() -> None:
     assert names(choose(first, []) + choose(second, [])) == ["a", "b"]
     with pytest.raises(ServingError):
         choose(second, hub.here[1:])
+
+
+def test_who_is_there_and_takes_no_layers_is_lost_each_time() -> None:
+    """Its session lives, but what computes does not; who reads for an earlier chain is waited for."""
+    hub = FakeHub()
+    good, hung = node(1, "a"), node(2, "b")
+    group = make_group(hub, 3, has_layers=True)
+    for generation in (1, 2):
+        for each in (good, hung):
+            each.assign(generation)
+        good.accepted = good.loaded = generation
+        with pytest.raises(PeerLost, match="b does not take layers") as caught:
+            group._wait_loaded([good, hung], generation)
+        assert caught.value.rank == 2
+    hung.accepted = 2  # it has begun to read at last
+    hung.assign(3)
+    assert hung.is_reading
+    hung.loaded = 3
+    group._wait_loaded([hung], 3)

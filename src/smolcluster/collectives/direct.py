@@ -78,7 +78,7 @@ class DirectRing:
         """
         head = frame.pack_bytes(_UINT8, self._generation, self._sent & 0xFFFFFFFF, sum(map(len, parts)))
         self._sent += 1
-        left: list[memoryview] = [memoryview(head), *map(_as_view, parts)]
+        left: list[memoryview] = [memoryview(head), *(memoryview(part) for part in parts)]
         try:
             while left:
                 taken = self._out.try_send(left)
@@ -92,9 +92,9 @@ class DirectRing:
         """The next message of the rank before; blocks until it is there. Its memory is the caller's.
 
         Args:
-            timeout: seconds to wait for its first byte; then the ring is over.
             meanwhile: called once if there is nothing yet. Who reads an old message here has the processor's caches
                 full of what it takes to read the next one.
+            timeout: seconds to wait for its first byte; then the ring is over.
 
         Raises:
             PeerLost: a rank is lost, or sent a part of a message and then nothing for the world's patience; or what
@@ -221,7 +221,3 @@ def _after(buffers: Sequence[memoryview], taken: int) -> list[memoryview]:
         if gone < len(buffer):
             left.append(buffer[gone:])
     return left
-
-
-def _as_view(part: bytes | memoryview) -> memoryview:
-    return memoryview(part)

@@ -3,8 +3,8 @@
 A stream's token reads every weight once, so a token takes as long as reading them does: a fourth of the bytes of fp32,
 and nearly a fourth of the time.
 
-- "int8": weights are int8 with one scale for each row. Activations keep about 16 bits: on x86 as two integers of 8 bits
-  each, elsewhere as bfloat16.
+- "int8": weights are int8 with one scale for each row. Activations are on x86 two integers of 8 bits each, which
+  is about 15 bits of a row's largest one; elsewhere bfloat16.
 - "int8-dynamic": activations are rounded to 8 bits as well, for each product anew, and products are of integers.
 
 Products of integers are what an x86 processor is fastest with: two rows, or eight, take no longer than one, and

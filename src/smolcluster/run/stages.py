@@ -111,11 +111,6 @@ class Stages:
             self._make(own)
             self._undo = undo.pop_all()
 
-    @property
-    def size(self) -> CacheSize:
-        """Of every replica's cache."""
-        return self._size
-
     def describe(self) -> JsonObject:
         """How the layers are spread: blocks of each stage, in order, of all replicas."""
         groups = [[layers for _, layers in group.stages] for group in self._groups]

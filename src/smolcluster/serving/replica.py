@@ -311,6 +311,8 @@ class Replica:
     def _collect(self) -> None:
         found: NewTokens = self._executor.result()
         batch = self._under_way.popleft()
+        if found.number != batch.number or found.tokens.keys() != {slot for slot, _ in batch.wanted}:
+            raise ServingError(f"a stage answered micro-batch {batch.number} with what was not asked for")
         self._chunk.end(batch.segments)
         self._note(found)
         for slot, sampled in found.tokens.items():

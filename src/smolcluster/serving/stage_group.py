@@ -169,8 +169,7 @@ class StageGroup:
         generation, run_id = hub.next_generation(), secrets.token_hex(8)
         for rank, (node, layers) in enumerate(zip(nodes, others, strict=True), start=1):
             with hub.news:
-                node.is_reading = node.loaded != node.assigned  # what it was told before
-                node.assigned = generation
+                node.assign(generation)
             node.world.send(WORKER, "assign", self._assignment(generation, run_id, rank, layers))
         decoder = None if own is None else self._store.decoder(own, self._size)
         self._wait_loaded(nodes, generation)

@@ -65,6 +65,11 @@ class Node:
         """Its name."""
         return self.newcomer.name
 
+    def assign(self, generation: int) -> None:
+        """It is given layers."""
+        self.is_reading = self.accepted == self.assigned != self.loaded
+        self.assigned = generation
+
 
 class StageHub:
     """The nodes of a model. `news` guards them."""
