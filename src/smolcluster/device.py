@@ -75,8 +75,8 @@ def spare_collector() -> None:
     gc.freeze()
 
 
-def give_memory_back() -> bool:
-    """Let freed tensors of RETURNED_BYTES and more go back to the system at once; False where that cannot be set.
+def give_memory_back(least: int = RETURNED_BYTES) -> bool:
+    """Let freed tensors of `least` bytes and more go back to the system at once; False where that cannot be set.
 
     glibc otherwise learns to keep blocks of up to 32 MiB in a heap, whose gaps made the peak of one and the same run
     vary by up to a fifth. The price is that such a tensor's pages are mapped anew: about 15 % of a step full of them.
@@ -84,7 +84,7 @@ def give_memory_back() -> bool:
     import ctypes
 
     try:
-        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES))
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, least))
     except (AttributeError, OSError, TypeError):  # another C library; Windows has no name for the program itself
         return False
 

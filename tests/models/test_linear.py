@@ -68,10 +68,14 @@ def test_no_row_depends_on_another(kind: WeightKind) -> None:
     weight, bias, x = drawn(1, 64)
     product = make_linear(weight, bias, kind)
     alone = product(x)
+    expected = product(torch.cat([x, x]))[:1]
+    torch.testing.assert_close(expected, alone, rtol=1e-5, atol=1e-6)
     for other in (0.0, 1e6, float("nan"), float("inf")):
-        found = product(torch.cat([x, torch.full((1, 64), other)]))
-        assert torch.equal(found[:1], alone)
-        assert bool(found[1].isfinite().all()) == (other in (0.0, 1e6))
+        row = torch.full((1, 64), other)
+        found = product(torch.cat([x, row]))
+        assert torch.equal(found[:1], expected)
+        for each in (found[1], product(row)):
+            assert bool(each.isfinite().all()) == (other in (0.0, 1e6))
     torch.testing.assert_close(product(torch.zeros(2, 64)), bias.expand(2, -1), rtol=1e-6, atol=1e-6)
     assert product(x[:0]).shape == (0, 48)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import random
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 
 from models.hf_folders import make_hf_folder
 from serving.test_engine import LENGTH, SAMPLED, Asked, decode, expected, prompts
-from smolcluster.errors import SmolError
+from smolcluster.errors import FrameError, SmolError
+from smolcluster.models.decoder import Segment
 from smolcluster.models.decoder_config import read_decoder_config
 from smolcluster.models.decoder_files import DecoderLoader
 from smolcluster.models.tensor_files import TensorFiles
@@ -23,7 +26,7 @@ from smolcluster.serving.executor import MicroBatch, NewTokens, Opened
 from smolcluster.serving.requests import Request
 from smolcluster.serving.sampling import Sampled, Sampling
 from smolcluster.serving.stage_server import ChainExecutor, run_stage
-from smolcluster.serving.wire import pack_batch, pack_tokens, unpack_batch, unpack_tokens
+from smolcluster.serving.wire import BatchMessage, pack_tokens, unpack_batch, unpack_tokens
 
 BLOCKS, SLOTS = 5, 3
 # Entry, 5 blocks, exit: where the second, third and fourth stage begin.
@@ -61,7 +64,7 @@ class QueueRing:
         self.rank, self.world_size = rank, len(queues)
         self._queues = queues
 
-    def send(self, parts: Sequence[bytes | memoryview]) -> None:
+    def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         self._queues[(self.rank + 1) % self.world_size].put(b"".join(parts))
 
     def receive(self, meanwhile: Callable[[], object] = lambda: None, timeout: float = 60) -> memoryview:
@@ -115,21 +118,19 @@ def test_a_host_without_layers_has_the_engine(folder: Path, answers: list[list[i
     assert answer_over(folder, [range(7)], has_controller=True) == answers
 
 
-def carried(parts: Sequence[bytes | memoryview]) -> memoryview:
+def carried(parts: Sequence[bytes | bytearray | memoryview]) -> memoryview:
     return memoryview(bytearray(b"".join(parts)))
 
 
 def test_messages_come_back_as_they_were() -> None:
-    from smolcluster.models.decoder import Segment
-
     sampling = Sampling(seed=2**62, temperature=0.3, top_k=4, top_p=0.5, min_p=0.1, repetition_penalty=1.5, logprobs=2)
     opened = {3: Opened(sampling, (1, 2, 3), 2), 0: Opened(Sampling(), (4,), 0)}
     segments = [Segment(3, 5, 2), Segment(0, 2**31, 1)]
     for taken in (opened, {}):
         batch = MicroBatch(2**32 - 1, segments, (9, 9, 9), [(3, 1), (0, 2)], taken)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            x = torch.randn(5, 3).to(dtype).T
-            found, rows, seconds = unpack_batch(carried(pack_batch(batch, x, [0.25, 0.125])))
+            x = torch.randn(5, 3).to(dtype).T  # 3 rows, not contiguous
+            found, rows, seconds = unpack_batch(carried(BatchMessage(batch, [0.25]).parts(x, 0.125)))
             assert tuple(seconds) == (0.25, 0.125)
             assert torch.equal(rows, x)
             assert rows.dtype == dtype
@@ -138,8 +139,10 @@ def test_messages_come_back_as_they_were() -> None:
             if taken:
                 assert found.opened[3] == opened[3]
                 assert found.opened[0].sampling == Sampling()
-    ids = torch.tensor([5, 6])
-    assert torch.equal(unpack_batch(carried(pack_batch(batch, ids)))[1], ids)
+    ids = torch.tensor([5, 6, 7])
+    _, rows, seconds = unpack_batch(carried(BatchMessage(batch, computes=False).parts(ids)))
+    assert torch.equal(rows, ids)
+    assert not seconds
     for tokens in (
         NewTokens(4, {1: Sampled(5), 2: Sampled(6)}, (0.5,)),
         NewTokens(4, {1: Sampled(5), 2: Sampled(6, -0.25, ((6, -0.25), (1, -2.5)))}, (0.5, 0.25)),
@@ -147,3 +150,20 @@ def test_messages_come_back_as_they_were() -> None:
         NewTokens(6, {}),
     ):
         assert unpack_tokens(carried(pack_tokens(tokens))) == tokens
+
+
+def test_what_is_no_message_is_said_to_be_none() -> None:
+    batch = MicroBatch(1, [Segment(0, 0, 2)], (), [(0, 1)], {0: Opened(Sampling(), (1, 2), 0)})
+    good = bytes(carried(BatchMessage(batch).parts(torch.zeros(2, 4))))
+    tokens = bytes(carried(pack_tokens(NewTokens(1, {0: Sampled(3, -0.5)}, (0.5,)))))
+    rng = random.Random(1)
+    for whole, unpack in ((good, unpack_batch), (tokens, unpack_tokens)):
+        other = tokens if whole is good else good
+        for bad in (b"", whole[:7], whole[:30], whole[: len(whole) - 40], other):
+            with pytest.raises(FrameError, match="a stage sent"):
+                unpack(memoryview(bytearray(bad)))
+        for _ in range(300):  # it is that, or it can be read; nothing else
+            bad = bytearray(whole)
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+            with contextlib.suppress(FrameError):
+                unpack(memoryview(bad))

@@ -67,7 +67,7 @@ class DirectRing:
         self._closing = threading.Lock()
         self._forget = world.on_failure(self._fail)
 
-    def send(self, parts: Sequence[bytes | memoryview]) -> None:
+    def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         """Give a message to the system, for the next rank; blocks while it takes no more.
 
         Args:

@@ -82,7 +82,8 @@ class DecoderLoader:
         # A folder may be that of the model inside the language model.
         self._base = base if any(name.startswith(base) for name in files.tensors) else ""
         self._kept = {layer: self._kept[layer] for layer in layers if layer in self._kept}
-        for layer in layers:
+        # The exit before the blocks: what its matrix needs besides while it is rounded is needed when little is there.
+        for layer in sorted(layers, key=lambda layer: (0 < layer <= config.num_layers, layer)):
             if layer not in self._kept:
                 self._kept[layer] = self._layer(layer)
         self._scratch = torch.empty(0)

@@ -8,9 +8,8 @@ and nearly a fourth of the time.
 - "int8-dynamic": activations are rounded to 8 bits as well, for each product anew, and products are of integers.
 
 Products of integers are what an x86 processor is fastest with: two rows, or eight, take no longer than one, and
-PyTorch's product of int8 with bfloat16 takes twice as long there for one row, eight times for eight. So activations x
-become a + b, where a is x rounded to 8 bits and b, the rest, is rounded to 8 bits of its own; one product has both as
-rows.
+PyTorch's product of int8 with bfloat16 takes twice as long there for one row, eight times for eight. So an activation
+is rounded to a whole number of 16 bits, 256 a + b, and one product has the digits a and b as rows.
 
 Source    Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, section 2 (absmax and row-wise scales)
 """
@@ -109,37 +108,42 @@ _HAS_VNNI = bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
 
 
 class _IntegerProduct:
-    """Products of integers with int8 weights, by oneDNN, which is fast at them on x86."""
+    """Products of integers with int8 weights, by oneDNN, which is fast at them on x86.
 
-    def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
+    A token of one stream is so little work that every call counts: a single row has a number as its scale, for oneDNN.
+    A bias costs it more than an addition.
+    """
+
+    def __init__(self, weight_FD: Tensor | Rows) -> None:
         # oneDNN makes a copy in an order of its own: part by part, so that not all of it is there twice.
         self._parts = [
             (torch.ops.onednn.qlinear_prepack(values, None), scale_F, torch.zeros(len(scale_F), dtype=torch.int64))
             for values, scale_F in _quantised_parts(weight_FD)
         ]
-        self._bias = torch.zeros(()) if bias_F is None else bias_F.float()
         self.outputs = sum(len(scale_F) for _, scale_F, _ in self._parts)
-        self.largest = 127 if _HAS_VNNI else 63
+        self.bits = 8 if _HAS_VNNI else 7
 
-    def scales(self, x_ND: Tensor) -> Tensor:
-        """(N, 1): what the integers of each row are to be multiplied with; no row's depends on another one's."""
-        return x_ND.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST_SCALE).div_(self.largest)
-
-    def product(self, integers_ND: Tensor) -> Tensor:
-        """(N, D) of whole numbers up to `largest`, in float32, which are overwritten; (N, F) float32."""
-        zero = self.largest + 1
-        x_ND = integers_ND.add_(zero + 0.5).to(torch.uint8)  # rounds, where they are not whole
+    def __call__(self, digits_ND: Tensor, scale: float = 1.0) -> Tensor:
+        """uint8 (N, D), of which half the largest, 2 ** (bits - 1), is subtracted; (N, F) float32, times the scale."""
+        zero = 1 << (self.bits - 1)
         outs: list[Tensor] = [
             torch.ops.onednn.qlinear_pointwise.default(
-                x_ND, 1.0, zero, packed, scale_F, zero_F, None, 1.0, 0, torch.float32, "none", [], ""
+                digits_ND, scale, zero, packed, scale_F, zero_F, None, 1.0, 0, torch.float32, "none", [], ""
             )
             for packed, scale_F, zero_F in self._parts
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
-    def finished(self, out_NF: Tensor, scale_N1: Tensor, dtype: torch.dtype) -> Tensor:
-        """Times the scale, plus the bias. What was not finite is not finite here."""
-        return torch.addcmul(self._bias, out_NF, scale_N1).to(dtype)
+
+def _one_scale(x_1D: Tensor, most: int) -> float:
+    """What whole numbers up to `most` are to be multiplied with to be these; not finite if one of these is not."""
+    low, high = x_1D.aminmax()
+    return (max(-low.item(), high.item()) or _LEAST_SCALE) / most
+
+
+def _scales(x_ND: Tensor, most: int) -> Tensor:
+    """The same for each row, (N, 1): no row's depends on another one's."""
+    return x_ND.abs().amax(dim=1, keepdim=True).clamp_(min=_LEAST_SCALE).div_(most)
 
 
 def _quantised_parts(weight_FD: Tensor | Rows) -> Iterator[tuple[Tensor, Tensor]]:
@@ -165,37 +169,56 @@ class TwoDigitInt8Linear:
     """Weights of int8, activations of two digits of 8 bits each: see above. A row's largest one sets its scale."""
 
     def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
-        self._inner = _IntegerProduct(weight_FD, bias_F)
+        self._product = product = _IntegerProduct(weight_FD)
+        self._bits, base = product.bits, 1 << product.bits
+        # Both digits are unsigned, and the product subtracts half of the base of each: what that comes to is added.
+        self._zero = (base >> 1) * (base + 1)
+        self._most = self._zero - base - 1
+        self._half = torch.tensor(self._zero + 0.5)  # so that cutting the fraction off rounds
+        self._worth = torch.tensor([[base, 1.0]])
+        self._bias = torch.zeros(()) if bias_F is None else bias_F.float()
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """(N, D) to (N, F)."""
-        inner, rows = self._inner, len(x_ND)
+        rows, x = len(x_ND), x_ND.float()
+        if rows == 1:
+            scale = _one_scale(x, self._most)
+            digits = self._digits(torch.add(self._half, x, alpha=1 / scale))
+            return torch.addmm(self._bias, self._worth, self._product(digits, scale)).to(x_ND.dtype)
         if not rows:
-            return x_ND.new_empty((0, inner.outputs))
-        x, digit = x_ND.float(), 2 * inner.largest
-        scale_N1 = inner.scales(x)
-        steps_ND = x / scale_N1
-        first_ND = steps_ND.round()
-        # A rest is half a step at most; as large as the first digit it gets as many bits.
-        rest_ND = steps_ND.sub_(first_ND).mul_(digit)
-        out = inner.product(torch.cat([first_ND, rest_ND]))
-        return inner.finished(torch.add(out[:rows], out[rows:], alpha=1 / digit), scale_N1, x_ND.dtype)
+            return x_ND.new_empty((0, self._product.outputs))
+        scale_N1 = _scales(x, self._most)
+        out = self._product(self._digits(torch.addcmul(self._half, x, scale_N1.reciprocal())))
+        both = torch.add(out[rows:], out[:rows], alpha=1 << self._bits)
+        return torch.addcmul(self._bias, both, scale_N1).to(x_ND.dtype)
+
+    def _digits(self, steps_ND: Tensor) -> Tensor:
+        """Of numbers from 0 on, without their fractions: uint8 (2 N, D), the high ones first."""
+        whole_ND = steps_ND.to(torch.int32)
+        return torch.cat([whole_ND >> self._bits, whole_ND & ((1 << self._bits) - 1)]).to(torch.uint8)
 
 
 class DynamicInt8Linear:
     """Weights and activations of 8 bits; a row's largest activation sets its scale."""
 
     def __init__(self, weight_FD: Tensor | Rows, bias_F: Tensor | None) -> None:
-        self._inner = _IntegerProduct(weight_FD, bias_F)
+        self._product = product = _IntegerProduct(weight_FD)
+        zero = 1 << (product.bits - 1)
+        self._most, self._half = zero - 1, torch.tensor(zero + 0.5)
+        self._bias = torch.zeros(()) if bias_F is None else bias_F.float()
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """(N, D) to (N, F)."""
-        inner = self._inner
-        if not len(x_ND):
-            return x_ND.new_empty((0, inner.outputs))
-        x = x_ND.float()
-        scale_N1 = inner.scales(x)
-        return inner.finished(inner.product(x / scale_N1), scale_N1, x_ND.dtype)
+        rows, x = len(x_ND), x_ND.float()
+        if rows == 1:
+            scale = _one_scale(x, self._most)
+            digits = torch.add(self._half, x, alpha=1 / scale).to(torch.uint8)
+            return self._product(digits, scale).add_(self._bias).to(x_ND.dtype)
+        if not rows:
+            return x_ND.new_empty((0, self._product.outputs))
+        scale_N1 = _scales(x, self._most)
+        out = self._product(torch.addcmul(self._half, x, scale_N1.reciprocal()).to(torch.uint8))
+        return torch.addcmul(self._bias, out, scale_N1).to(x_ND.dtype)
 
 
 Linear = Callable[[Tensor], Tensor]

@@ -11,6 +11,7 @@ from typing import Protocol
 import psutil
 import torch
 
+from smolcluster.device import give_memory_back
 from smolcluster.errors import ConfigError
 from smolcluster.models.decoder_config import read_decoder_config
 from smolcluster.models.decoder_files import DecoderLoader
@@ -38,6 +39,8 @@ _TIMED_BYTES = 128 << 20
 _TIMED_ROUNDS = 5
 # Of tiny matrices: there Python takes the time, not memory.
 _TIMED_MOST = 256
+# While layers are read, freed blocks of this size and more go back to the system.
+_PIECE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,5 +252,10 @@ class LayerStore:
             ConfigError: the model cannot be cut there, or does not run.
             CheckpointError: the files are damaged.
         """
-        with TensorFiles(self.folder) as files:
-            return self._loader.load(files, layers, slots=size.slots, length=size.length)
+        # Pieces and copies that are gone again must not stay as gaps between those that are not.
+        give_memory_back(_PIECE_BYTES)
+        try:
+            with TensorFiles(self.folder) as files:
+                return self._loader.load(files, layers, slots=size.slots, length=size.length)
+        finally:
+            give_memory_back()

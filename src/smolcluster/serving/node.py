@@ -74,6 +74,12 @@ class StageNode:
 
     def run(self) -> SmolError | None:
         """Compute until the session ends; why it did."""
+        try:
+            return self._obey()
+        except FrameError as error:  # the controller is another one by now, or will be
+            return error
+
+    def _obey(self) -> SmolError | None:
         ready: _Ready | None = None
         while True:
             kind, message = self._news.get()

