@@ -264,7 +264,7 @@ def prompt(model: str, rounds: int) -> dict[str, Any]:
 
 def gaps(model: str, layout: Layout | None, rounds: int) -> dict[str, Any]:
     """Before a long prompt comes, and while it is computed."""
-    settings = ServingConfig(max_concurrent=WRITERS + 1, ctx_length=PROMPT + 112)
+    settings = ServingConfig(max_concurrent=WRITERS + 1, ctx_length=PROMPT + 8)
     calm: list[float] = []
     disturbed: list[float] = []
     first: list[float] = []
@@ -279,7 +279,7 @@ def gaps(model: str, layout: Layout | None, rounds: int) -> dict[str, Any]:
                     is_calm.set()
 
             texts = torch.randint(3, service.vocab_size, (WRITERS, 32)).tolist()
-            writers = [Reader(service, text, 360, count) for text in texts]
+            writers = [Reader(service, text, 200, count) for text in texts]
             is_calm.wait(300)
             long_one = torch.randint(3, service.vocab_size, (PROMPT,)).tolist()
             late = Reader(service, long_one, 2, lambda: None).wait()

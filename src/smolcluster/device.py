@@ -66,7 +66,7 @@ def prepare_process() -> None:
 
 
 def spare_collector() -> None:
-    """Take what this process has loaded so far out of Python's garbage collection; call once, before training.
+    """Take what this process has loaded so far out of Python's garbage collection; call once, before the work.
 
     torch's modules are half a million objects. A full collection looks at them all and holds up every thread for
     0.1 s, some times a second in a process that handles many messages.

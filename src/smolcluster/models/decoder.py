@@ -108,8 +108,11 @@ class KeyValueCache:
         shape = (blocks, slots, config.kv_heads, length, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        # One tensor for each place that is used in every step: indexing costs as much as a small product.
-        self.at = [[(k, v) for k, v in zip(ks, vs, strict=True)] for ks, vs in zip(self.keys, self.values, strict=True)]
+        # (1, G, L, K) for each block and slot: indexing costs as much as a small product.
+        self.at = [
+            [(k[None], v[None]) for k, v in zip(ks, vs, strict=True)]
+            for ks, vs in zip(self.keys, self.values, strict=True)
+        ]
 
 
 class Decoder:
@@ -241,33 +244,33 @@ class Decoder:
         outs = []
         row = 0
         for index, (slot, start, count) in enumerate(segments):
-            keys_GLK, values_GLK = kept[slot]
-            own, end = slice(row, row + count), start + count
-            keys_GLK[:, start:end] = k_NGK[own].transpose(0, 1)
-            values_GLK[:, start:end] = v_NGK[own].transpose(0, 1)
+            keys_1GLK, values_1GLK = kept[slot]
+            q, k, v, end = q_NHK, k_NGK, v_NGK, start + count
+            if count != rows:
+                own = slice(row, row + count)
+                q, k, v = q[own], k[own], v[own]
+            keys_1GLK[:, :, start:end] = k.transpose(0, 1)
+            values_1GLK[:, :, start:end] = v.transpose(0, 1)
             begin = 0 if window is None else max(0, start + 1 - window)
             if (index, window) not in masks:
                 masks[index, window] = _mask(start, count, begin, window, x_ND.device)
-            outs.append(_attention(q_NHK[own], keys_GLK[:, begin:end], values_GLK[:, begin:end], masks[index, window]))
+            outs.append(_attention(q, keys_1GLK[:, :, begin:end], values_1GLK[:, :, begin:end], masks[index, window]))
             row += count
-        out_NHK = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return block.out(out_NHK.reshape(rows, -1))
+        return block.out(outs[0] if len(outs) == 1 else torch.cat(outs))
 
 
-def _attention(q_THK: Tensor, keys_GLK: Tensor, values_GLK: Tensor, mask_TL: Tensor | None) -> Tensor:
-    """(T, H, K) of one sequence; a group of H / G heads of queries looks at the same keys."""
+def _attention(q_THK: Tensor, keys_1GLK: Tensor, values_1GLK: Tensor, mask_TL: Tensor | None) -> Tensor:
+    """(T, H K) of one sequence; a group of H / G heads of queries looks at the same keys."""
     count, heads, width = q_THK.shape
-    groups = keys_GLK.shape[0]
+    groups = keys_1GLK.shape[1]
     if count == 1:  # the heads of a group as if they were tokens: no key is read twice
-        q_GHK = q_THK.view(groups, heads // groups, width)
-        return F.scaled_dot_product_attention(q_GHK[None], keys_GLK[None], values_GLK[None]).view(1, heads, width)
+        q_1GHK = q_THK.view(1, groups, heads // groups, width)
+        return F.scaled_dot_product_attention(q_1GHK, keys_1GLK, values_1GLK).view(1, heads * width)
     if heads != groups:
-        keys_GLK = keys_GLK[:, None].expand(-1, heads // groups, -1, -1).flatten(0, 1)
-        values_GLK = values_GLK[:, None].expand(-1, heads // groups, -1, -1).flatten(0, 1)
-    out_HTK = F.scaled_dot_product_attention(
-        q_THK.transpose(0, 1)[None], keys_GLK[None], values_GLK[None], attn_mask=mask_TL
-    )
-    return out_HTK[0].transpose(0, 1)
+        keys_1GLK = keys_1GLK[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+        values_1GLK = values_1GLK[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+    out_1HTK = F.scaled_dot_product_attention(q_THK.transpose(0, 1)[None], keys_1GLK, values_1GLK, attn_mask=mask_TL)
+    return out_1HTK[0].transpose(0, 1).reshape(count, heads * width)
 
 
 def _mask(start: int, count: int, begin: int, window: int | None, device: torch.device) -> Tensor | None:

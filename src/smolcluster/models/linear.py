@@ -122,14 +122,13 @@ class _IntegerProduct:
         ]
         self.outputs = sum(len(scale_F) for _, scale_F, _ in self._parts)
         self.bits = 8 if _HAS_VNNI else 7
+        self._multiply = torch.ops.onednn.qlinear_pointwise.default  # not every build of PyTorch has it
 
     def __call__(self, digits_ND: Tensor, scale: float = 1.0) -> Tensor:
         """uint8 (N, D), of which half the largest, 2 ** (bits - 1), is subtracted; (N, F) float32, times the scale."""
         zero = 1 << (self.bits - 1)
         outs: list[Tensor] = [
-            torch.ops.onednn.qlinear_pointwise.default(
-                digits_ND, scale, zero, packed, scale_F, zero_F, None, 1.0, 0, torch.float32, "none", [], ""
-            )
+            self._multiply(digits_ND, scale, zero, packed, scale_F, zero_F, None, 1.0, 0, torch.float32, "none", [], "")
             for packed, scale_F, zero_F in self._parts
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)

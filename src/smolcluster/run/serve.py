@@ -18,7 +18,7 @@ import torch
 
 from smolcluster.config.schema import ServingConfig
 from smolcluster.data.tokenizer import Tokenizer, load_tokenizer
-from smolcluster.device import prepare_process, resolve_device
+from smolcluster.device import prepare_process, resolve_device, spare_collector
 from smolcluster.errors import ConfigError, ServingError
 from smolcluster.hub import import_extra
 from smolcluster.models.folder import read_json
@@ -192,6 +192,7 @@ def run_server(server: uvicorn.Server, listeners: list[socket.socket]) -> None:
     # uvicorn handles these while it serves, and raises them once more when it has ended: then they are done with.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _pass)
+    spare_collector()
     server.run(sockets=listeners)
 
 

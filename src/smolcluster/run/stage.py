@@ -21,7 +21,7 @@ from typing import NoReturn
 from pydantic import BaseModel
 
 from smolcluster.cluster.sessions import Newcomer, join_session
-from smolcluster.device import prepare_process, resolve_device
+from smolcluster.device import prepare_process, resolve_device, spare_collector
 from smolcluster.errors import SmolError
 from smolcluster.log import log_to_file
 from smolcluster.models.folder import CONFIG, model_folder
@@ -119,6 +119,7 @@ def run_stages_of(place: StagePlace, folder: Path, device: str, options: Mapping
     def open_store(dtype: str, is_deterministic: bool) -> LayerStore:
         return LayerStore(folder, dtype, device, is_deterministic=is_deterministic)
 
+    spare_collector()
     while True:
         session = join_session(
             newcomer,
