@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from smolcluster.models.decoder import Segment
+from smolcluster.serving import scheduler
 from smolcluster.serving.scheduler import Limits, StreamState, plan
 
 
@@ -45,6 +48,40 @@ def test_streams_are_divided_so_that_every_stage_has_something_to_do() -> None:
 def test_a_free_group_does_not_swallow_the_others() -> None:
     streams = [writing(slot, busy=slot < 2) for slot in range(8)]
     assert len(plan(streams, 1, Limits(depth=2))) == 4
+
+
+def test_one_piece_of_a_prompt_at_a_time_while_others_write() -> None:
+    limits = Limits(depth=2, chunk=16, whole_chunk=64)
+    assert plan([writing(0), prompt(1, 100, 16)], 1, limits, has_piece=True) == [Segment(0, 9, 1)]
+    assert plan([writing(0, busy=True), prompt(1, 100, 16)], 1, limits, has_piece=True) == []
+    assert plan([prompt(1, 100, 16)], 1, limits, has_piece=True) == [Segment(1, 16, 64)]
+
+
+def test_a_piece_takes_about_as_long_as_a_step_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches under way; a step takes 40 ms, and 20 + 2 ms a token more with a piece of a prompt."""
+    now = [0.0]
+    monkeypatch.setattr(scheduler.time, "perf_counter", lambda: now[0])
+    size, writer = scheduler.ChunkSize(), [Segment(0, 5, 1)]
+    size.begin([Segment(0, 0, 50)])
+    now[0] += 0.06
+    size.end([Segment(0, 0, 50)])
+    for _ in range(20):
+        size.begin(writer)
+        now[0] += 0.04
+        size.end(writer)
+    for _ in range(40):
+        assert not size.has_piece
+        both = [*writer, Segment(1, 0, size.tokens)]
+        size.begin(both)
+        size.begin(writer)
+        assert size.has_piece
+        now[0] += 0.04 + 0.02 + 0.002 * size.tokens
+        size.end(both)
+        size.end(writer)  # as late: that is not what a step takes
+    assert 0.9 * 0.034 < 0.02 + 0.002 * size.tokens < 1.3 * 0.034
+    size.begin([*writer, Segment(1, 0, 8)])
+    size.restart()
+    assert not size.has_piece
 
 
 def test_pieces_of_fixed_size_depend_on_nothing_else() -> None:

@@ -59,13 +59,16 @@ class Limits:
     fixed_chunk: int | None = None
 
 
-def plan(streams: Sequence[StreamState], under_way: int, limits: Limits) -> list[Segment]:
+def plan(streams: Sequence[StreamState], under_way: int, limits: Limits, *, has_piece: bool = False) -> list[Segment]:
     """The next micro-batch; empty: there is nothing to do now.
 
     Args:
         streams: in the order in which they came.
         under_way: micro-batches that have not come back.
         limits: what a step may hold.
+        has_piece: one of those under way holds a piece of a prompt. While others write, one at a time does: a large
+            piece in one of several micro-batches takes less than small ones in all of them, as the rows of a few
+            streams alone are faster than with any others.
     """
     if under_way >= limits.depth:
         return []
@@ -73,7 +76,7 @@ def plan(streams: Sequence[StreamState], under_way: int, limits: Limits) -> list
     # As many in each group; not all that are free at the moment, or one group would swallow the others.
     group = -(-len(writing) // limits.depth)
     segments = [Segment(stream.slot, stream.computed, 1) for stream in writing if not stream.is_busy][:group]
-    room = limits.chunk if writing else limits.whole_chunk
+    room = (0 if has_piece else limits.chunk) if writing else limits.whole_chunk
     for stream in streams:
         if stream.writes or stream.is_busy or room <= 0:
             continue
@@ -93,39 +96,68 @@ def _fixed(stream: StreamState, chunk: int) -> int:
 
 
 class ChunkSize:
-    """How many tokens of a prompt a step may hold so that it takes at most about twice as long for those who write.
+    """How many tokens of a prompt a step may hold so that it takes less than twice as long for those who write.
 
-    It is measured: what a step without a prompt takes, and what each token of a prompt adds.
+    It is measured: what a step takes while no prompt is under way, and what each token of a prompt adds.
     """
 
     LEAST, MOST = 8, 256
+    # Of what a step takes otherwise, a piece may take so much in addition. Prompts that follow take a little more.
+    SHARE = 0.85
 
     def __init__(self) -> None:
         self.tokens = 32
-        self._began: deque[float] = deque()
+        self._under_way: deque[_Step] = deque()
         self._step = 0.0  # seconds of a step in which streams only write
         self._token = 0.0  # seconds that a token of a prompt adds
 
-    def begin(self) -> None:
+    def begin(self, segments: Sequence[Segment]) -> None:
         """A micro-batch begins."""
-        self._began.append(time.perf_counter())
+        step = _Step(time.perf_counter(), sum(segment.length for segment in segments if segment.length > 1))
+        step.is_delayed = any(other.added for other in self._under_way)
+        if step.added:
+            for other in self._under_way:
+                other.is_delayed = True
+        self._under_way.append(step)
+
+    @property
+    def has_piece(self) -> bool:
+        """Whether a piece of a prompt is under way."""
+        return any(step.added for step in self._under_way)
 
     def restart(self) -> None:
         """Whatever is under way never ends."""
-        self._began.clear()
+        self._under_way.clear()
 
     def end(self, segments: Sequence[Segment]) -> None:
         """The oldest one has ended."""
-        seconds = time.perf_counter() - self._began.popleft()
-        added = sum(segment.length for segment in segments if segment.length > 1)
-        writers = sum(segment.length == 1 for segment in segments)
-        if not added:
-            self._step = seconds if not self._step else 0.8 * self._step + 0.2 * seconds
-        elif writers and self._step:
-            each = max(seconds - self._step, 0.0) / added
-            self._token = each if not self._token else 0.8 * self._token + 0.2 * each
-        elif not writers:
-            each = seconds / added
-            self._token = each if not self._token else 0.8 * self._token + 0.2 * each
+        step = self._under_way.popleft()
+        seconds = time.perf_counter() - step.began
+        if not step.added:
+            if not step.is_delayed:
+                self._step = seconds if not self._step else 0.8 * self._step + 0.2 * seconds
+        elif any(segment.length == 1 for segment in segments):
+            if self._step:
+                self._learn(max(seconds - self._step, 0.0) / step.added)
+        else:
+            self._learn(seconds / step.added)
         if self._step and self._token:
-            self.tokens = max(self.LEAST, min(self.MOST, int(self._step / self._token)))
+            self.tokens = max(self.LEAST, min(self.MOST, int(self.SHARE * self._step / self._token)))
+
+    def _learn(self, seconds: float) -> None:
+        self._token = seconds if not self._token else 0.8 * self._token + 0.2 * seconds
+
+
+@dataclass(slots=True)
+class _Step:
+    """A micro-batch under way.
+
+    Attributes:
+        began: when.
+        added: tokens of prompts in it.
+        is_delayed: a piece of a prompt was or is under way besides.
+    """
+
+    began: float
+    added: int
+    is_delayed: bool = False
