@@ -116,3 +116,14 @@ def test_a_large_matrix_is_kept_in_parts_and_may_come_in_rows(
 
     for given in (weight, Rows((48, 64), chunks())):
         torch.testing.assert_close(make_linear(given, bias, kind)(x), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_plain_products_are_pytorchs_with_any_number_of_rows(has_bias: bool) -> None:
+    weight, bias, x = drawn(20, 64)
+    product = make_linear(weight, bias if has_bias else None, "plain")
+    for rows in range(21):
+        found = product(x[:rows])
+        assert found.is_contiguous()
+        expected = torch.nn.functional.linear(x[:rows], weight, bias if has_bias else None)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
