@@ -65,7 +65,7 @@ class PlainLinear:
 
 
 def _has_mkl() -> bool:
-    return bool(torch.backends.mkl.is_available())
+    return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,8 @@ class ChunkSize:
         self.tokens = 32
         self._under_way: deque[_Step] = deque()
         self._step = 0.0  # seconds of a step in which streams only write
-        self._token = 0.0  # seconds that a token of a prompt adds
+        # Of pieces of prompts: what they add in seconds, and their tokens. Apart, or short ones would count too much.
+        self._seconds = self._tokens = 0.0
 
     def begin(self, segments: Sequence[Segment]) -> None:
         """A micro-batch begins."""
@@ -138,14 +139,17 @@ class ChunkSize:
                 self._step = seconds if not self._step else 0.8 * self._step + 0.2 * seconds
         elif any(segment.length == 1 for segment in segments):
             if self._step:
-                self._learn(max(seconds - self._step, 0.0) / step.added)
+                self._learn(max(seconds - self._step, 0.0), step.added)
         else:
-            self._learn(seconds / step.added)
-        if self._step and self._token:
-            self.tokens = max(self.LEAST, min(self.MOST, int(self.SHARE * self._step / self._token)))
+            self._learn(seconds, step.added)
+        if self._step and self._seconds:
+            tokens = self.SHARE * self._step * self._tokens / self._seconds
+            self.tokens = max(self.LEAST, min(self.MOST, int(tokens)))
 
-    def _learn(self, seconds: float) -> None:
-        self._token = seconds if not self._token else 0.8 * self._token + 0.2 * seconds
+    def _learn(self, seconds: float, tokens: int) -> None:
+        old = 0.8 if self._tokens else 0.0
+        self._seconds = old * self._seconds + (1 - old) * seconds
+        self._tokens = old * self._tokens + (1 - old) * tokens
 
 
 @dataclass(slots=True)
