@@ -299,7 +299,7 @@ class HalfMessage:
         try_send = TcpChannel.try_send
 
         def sending(channel: TcpChannel, buffers: Sequence[memoryview]) -> int:
-            if channel in self.silent:
+            if channel in self.silent and channel.fileno() >= 0:  # closed, it says so as ever
                 time.sleep(0.01)
                 return 0
             if not self.armed:

@@ -43,7 +43,7 @@ def test_every_answer_goes_on_when_stages_die_freeze_or_fall_silent(tmp_path: Pa
     # Of each kind one comes back, and one is followed by another loss.
     found = storm(tmp_path / "kills.json", "--kind", "kill", "--kind", "stop", "--first", "1", "--count", "2")
     assert found == ["kill", "kill", "stop", "stop"]
-    assert storm(tmp_path / "half.json", "--kind", "half", "--first", "6", "--count", "1") == ["silent"]
+    assert storm(tmp_path / "half.json", "--kind", "half", "--first", "7", "--count", "1") == ["silent"]
 
 
 @pytest.mark.netns

@@ -34,8 +34,8 @@ DTYPES: dict[str, tuple[torch.dtype, WeightKind]] = {
 
 # Those that "auto" chooses between: integers are chosen by who accepts what they cost in precision.
 _TIMED = ("fp32", "bf16", "fp16")
-# More than any cache holds, as a model's weights are.
-_TIMED_BYTES = 128 << 20
+# More than most caches hold, as a model's weights are; and no more than a node can have besides a small model.
+_TIMED_BYTES = 32 << 20
 _TIMED_ROUNDS = 5
 # Of tiny matrices: there Python takes the time, not memory.
 _TIMED_MOST = 256
@@ -127,13 +127,15 @@ def measure_machine(config: ModelSizes, dtype: str, device: str) -> Machine:
 
 
 def _time_products(config: ModelSizes, dtype: str, device: torch.device) -> tuple[float, int]:
-    """Of one row with matrices of the model's feed-forward layers: seconds, and bytes that are read for it.
+    """Of one row with a matrix of the model's feed-forward layers: seconds, and bytes that are read for it.
 
     Seconds are inf where this device has no such products.
     """
     activations, kind = DTYPES[dtype]
+    give_memory_back(_PIECE_BYTES)
     matrix = torch.randn(config.ff_dim, config.model_dim, dtype=torch.float32)
-    copies = max(1, min(_TIMED_MOST, _TIMED_BYTES // (matrix.numel() * 4)))
+    read = matrix.numel() * _weight_bytes(dtype)
+    copies = max(1, min(_TIMED_MOST, _TIMED_BYTES // read))
     x = torch.randn(1, config.model_dim).to(device, activations)
     try:
         products = [make_linear(matrix.to(device, activations, copy=True), None, kind) for _ in range(copies)]
@@ -146,7 +148,9 @@ def _time_products(config: ModelSizes, dtype: str, device: torch.device) -> tupl
             rounds.append(time.perf_counter() - began)
     except RuntimeError:
         return math.inf, 0
-    return min(rounds), copies * matrix.numel() * _weight_bytes(dtype)
+    finally:
+        give_memory_back()
+    return min(rounds) / copies, read
 
 
 def _weight_bytes(dtype: str) -> int:
