@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ DTYPES: dict[str, tuple[torch.dtype, WeightKind]] = {
 # Those that "auto" chooses between: integers are chosen by who accepts what they cost in precision.
 _TIMED = ("fp32", "bf16", "fp16")
 # More than most caches hold, as a model's weights are; and no more than a node can have besides a small model.
-_TIMED_BYTES = 32 << 20
+_TIMED_BYTES = 64 << 20
 _TIMED_ROUNDS = 5
 # Of tiny matrices: there Python takes the time, not memory.
 _TIMED_MOST = 256
@@ -150,7 +151,7 @@ def _time_products(config: ModelSizes, dtype: str, device: torch.device) -> tupl
         return math.inf, 0
     finally:
         give_memory_back()
-    return min(rounds) / copies, read
+    return statistics.median(rounds) / copies, read
 
 
 def _weight_bytes(dtype: str) -> int:
