@@ -10,12 +10,16 @@ import json
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from smolcluster.serving.openai import error_body
 
 MAX_BODY_BYTES = 4 << 20
 _OPEN_PATHS = ("/health",)
+# Of a body that is refused: whoever is still sending it when the connection ends may not get to read why.
+_DISCARDED_BYTES = 16 << 20
+_DISCARD_SECONDS = 5.0
 
 
 class Guard:
@@ -138,6 +142,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, messa
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": message[:120]})
         return
+    await _discard(scope, receive)
     body = json.dumps(error_body(message, "invalid_request_error", code=code)).encode()
     start: Message = {
         "type": "http.response.start",
@@ -146,3 +151,17 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, messa
     }
     await send(start)
     await send({"type": "http.response.body", "body": body})
+
+
+async def _discard(scope: Scope, receive: Receive) -> None:
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    if b"expect" in headers or not length.isdigit() or int(length) > _DISCARDED_BYTES:
+        return
+    left = _DISCARDED_BYTES
+    with anyio.move_on_after(_DISCARD_SECONDS):
+        while left > 0:
+            message = await receive()
+            if message["type"] != "http.request" or not message.get("more_body"):
+                return
+            left -= len(message.get("body", b""))
