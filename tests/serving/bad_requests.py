@@ -104,10 +104,8 @@ UNFINISHED = ("half a body", "half a header")
 def send_what_is_wrong(server: Address) -> dict[str, int]:
     """Everything in BAD; the server answers, and goes on. Bodies of errors are OpenAI's error object."""
     found: dict[str, int] = {}
-    key = b"".join(f"{name}: {value}\r\n".encode() for name, value in server.headers.items())
     for name, (sent, expected) in BAD.items():
-        first, end, rest = sent.partition(b"\r\n")
-        status, body = exchange(server, first + end + key + rest, ends=name in UNFINISHED)
+        status, body = exchange(server, signed(server, sent), ends=name in UNFINISHED)
         assert status in expected, f"{name}: {status} {body[:300]!r}"
         if body.startswith(b"{") and status >= 400:
             ErrorAnswer.model_validate_json(body)
@@ -117,6 +115,12 @@ def send_what_is_wrong(server: Address) -> dict[str, int]:
         assert status_of(server) == 200, name
         found[name] = status
     return found
+
+
+def signed(server: Address, sent: bytes) -> bytes:
+    """With the server's key."""
+    first, end, rest = sent.partition(b"\r\n")
+    return first + end + b"".join(f"{name}: {value}\r\n".encode() for name, value in server.headers.items()) + rest
 
 
 def exchange(server: Address, sent: bytes, *, ends: bool = False) -> tuple[int, bytes]:

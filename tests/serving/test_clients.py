@@ -23,7 +23,7 @@ pytest.importorskip("openai")
 pytest.importorskip("httpx")
 
 from models.hf_folders import trained_folder
-from serving.bad_requests import BAD, send_what_is_wrong, slow_clients, status_of
+from serving.bad_requests import BAD, send_what_is_wrong, signed, slow_clients, status_of
 from serving.foreign_clients import Address, use_event_source, use_openai, use_websocket, wait_until_free
 from serving.gone_clients import watch_disconnects
 from serving.test_api import MODEL, ask, chat, serving
@@ -72,11 +72,11 @@ def test_who_sends_too_much_can_send_it_and_read_why_it_is_refused(server: Addre
     """The connection is not reset while something of the body is on its way: that would take the answer with it."""
     for _ in range(5):
         with socket.create_connection((server.host, server.port), timeout=30) as connection:
-            connection.sendall(BAD["10 MB"][0])
-            response = http.client.HTTPResponse(connection)
-            response.begin()
-            assert response.status == 413
-            assert b"4194304 bytes" in response.read()
+            connection.sendall(signed(server, BAD["10 MB"][0]))
+            with http.client.HTTPResponse(connection) as response:
+                response.begin()
+                assert response.status == 413
+                assert b"4194304 bytes" in response.read()
 
 
 def test_slow_clients_hold_nobody_up(server: Address) -> None:
