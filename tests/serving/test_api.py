@@ -150,6 +150,13 @@ def test_what_is_odd_but_allowed_is_answered(port: int, more: dict[str, Any]) ->
     assert content["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize(("path", "allowed"), [("/sessions/a", "DELETE, GET"), ("/chat", "POST"), ("/health", "GET")])
+def test_a_method_that_is_not_there_is_told_which_are(port: int, path: str, allowed: str) -> None:
+    status, headers, content = ask(port, "PUT", path, {})
+    assert (status, headers["allow"]) == (405, allowed)
+    assert content["error"]["type"] == "invalid_request_error"
+
+
 def test_a_prompt_of_ids_that_the_model_does_not_have(port: int) -> None:
     status, _, content = ask(port, "POST", "/v1/completions", {"model": MODEL, "prompt": [1, 512], "max_tokens": 2})
     assert (status, "0 to 511" in content["error"]["message"]) == (400, True)

@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from smolcluster.errors import ServingError
 from smolcluster.serving.conversations import Conflict, Unknown
@@ -94,12 +95,24 @@ def add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(str(error), "invalid_request_error"), status_code=400)
 
     @app.exception_handler(HTTPException)
-    async def _(_: Request, error: HTTPException) -> Response:
+    async def _(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if "Allow" in headers:  # of the first route with this path; others may have more
+            headers["Allow"] = ", ".join(sorted(_methods(app, request)))
         return JSONResponse(
-            error_body(str(error.detail), "invalid_request_error"), status_code=error.status_code, headers=error.headers
+            error_body(str(error.detail), "invalid_request_error"), status_code=error.status_code, headers=headers
         )
 
     @app.exception_handler(Exception)
     async def _(_: Request, error: Exception) -> Response:
         logger.error("a request has failed", exc_info=error)
         return JSONResponse(error_body("the server has failed; see its log", "server_error"), status_code=500)
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """Of all routes with the path that was asked for."""
+    found: set[str] = set()
+    for route in app.router.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return found
