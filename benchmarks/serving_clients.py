@@ -407,6 +407,9 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 3), "most": round(max(values), 3)}
 
 
+_PYTHON_DEFECT = "SystemError: AST constructor recursion depth mismatch"
+
+
 def let_schemathesis_try(folder: Path, processes: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Cases made from /openapi.json: valid ones and wrong ones."""
     with serving(folder, processes) as served, tempfile.TemporaryDirectory() as name:
@@ -431,7 +434,10 @@ def let_schemathesis_try(folder: Path, processes: int, arguments: argparse.Names
             )
             assert report.is_file(), done.stdout + done.stderr
             told = json.loads(report.read_text())
-            assert done.returncode == 0 and not told["failures"], done.stdout[-6000:]  # noqa: PT018
+            assert not told["failures"], done.stdout[-6000:]
+            if done.returncode != 0:  # a defect of CPython 3.11 (its issue 106905) that threads run into
+                assert _PYTHON_DEFECT in done.stdout, done.stdout[-6000:]
+                found["own_errors"] = found.get("own_errors", 0) + done.stdout.count(_PYTHON_DEFECT)
             total += Counter({key: value for key, value in told["test_cases"].items() if isinstance(value, int)})
             found["seeds"].append(seed)
             found["version"], found["operations"] = told["schemathesis_version"], told["operations"]["tested"]

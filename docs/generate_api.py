@@ -84,7 +84,10 @@ def _operation(method: str, path: str, operation: dict[str, Any], document: dict
 def _answer(schema: dict[str, Any]) -> dict[str, Any]:
     """Of a stream: what an event's data is."""
     properties = schema.get("properties", {})
-    found: dict[str, Any] = properties["data"]["contentSchema"] if "data" in properties else schema
+    if "data" not in properties:
+        return schema
+    data = properties["data"]
+    found: dict[str, Any] = data.get("anyOf", [data])[0]["contentSchema"]
     return found
 
 

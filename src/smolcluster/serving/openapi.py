@@ -15,6 +15,8 @@ from smolcluster.serving import answers
 
 _SCHEMAS = "#/components/schemas/"
 _STREAM = "text/event-stream"
+# OpenAI's streams: the last event says so, and is no JSON.
+_ENDED_BY_DONE = (answers.ChatCompletionEvent, answers.CompletionEvent)
 
 # What each handler answers with 200, by its name: media type → what it looks like, None: text.
 _ANSWERS: dict[str, dict[str, type[BaseModel] | None]] = {
@@ -131,7 +133,9 @@ def _schema(kind: type[BaseModel] | None, media: str) -> dict[str, Any]:
     if media != _STREAM:
         return schema
     # An event, as OpenAPI 3.2 has it: its data is a text, which in turn is JSON.
-    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    text: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    if kind in _ENDED_BY_DONE:
+        text = {"anyOf": [text, {"const": "[DONE]"}]}
     return {"type": "object", "properties": {"data": text}, "required": ["data"]}
 
 
