@@ -50,6 +50,9 @@ DISCONNECTS = 300
 RSS_GROWTH = 0.02
 
 
+PYTHON_DEFECT = "SystemError: AST constructor recursion depth mismatch"
+
+
 def main() -> int:
     """Run the parts, print and save what came of them; 1 if something is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -407,9 +410,6 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 3), "most": round(max(values), 3)}
 
 
-_PYTHON_DEFECT = "SystemError: AST constructor recursion depth mismatch"
-
-
 def let_schemathesis_try(folder: Path, processes: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Cases made from /openapi.json: valid ones and wrong ones."""
     with serving(folder, processes) as served, tempfile.TemporaryDirectory() as name:
@@ -436,8 +436,10 @@ def let_schemathesis_try(folder: Path, processes: int, arguments: argparse.Names
             told = json.loads(report.read_text())
             assert not told["failures"], done.stdout[-6000:]
             if done.returncode != 0:  # a defect of CPython 3.11 (its issue 106905) that threads run into
-                assert _PYTHON_DEFECT in done.stdout, done.stdout[-6000:]
-                found["own_errors"] = found.get("own_errors", 0) + done.stdout.count(_PYTHON_DEFECT)
+                errors = re.search(r"Runtime Error: (\d+)\n\n", done.stdout)
+                assert errors, done.stdout[-6000:]
+                assert int(errors[1]) == done.stdout.count(PYTHON_DEFECT), done.stdout[-6000:]
+                found["own_errors"] = found.get("own_errors", 0) + int(errors[1])
             total += Counter({key: value for key, value in told["test_cases"].items() if isinstance(value, int)})
             found["seeds"].append(seed)
             found["version"], found["operations"] = told["schemathesis_version"], told["operations"]["tested"]

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, save
+from machine import RESULTS, describe, save
 from serving_speed import gpt2_124m
 
 from smolcluster.bench.intervals import bootstrap_interval
@@ -79,7 +79,7 @@ def main() -> None:
                 result = link(model, arguments.rounds, arguments.netlab)
             else:
                 result = parts[name](model, arguments.rounds)
-            found.setdefault(name, {})[label] = result
+            found.setdefault(name, {})[label] = {**result, "commit": describe()["commit"]}
             print(name, label, json.dumps(result, indent=2), flush=True)
             found.pop("measured", None)
             save(arguments.name, found)

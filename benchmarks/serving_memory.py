@@ -80,7 +80,8 @@ def measure(model: Path, dtype: str) -> list[dict[str, Any]]:
         serve = [*smolcluster, "serve", "--cluster", file, "--model", model, "--dtype", dtype, "--token-file", token]
         processes, before = [], []
         for name in names:
-            trace = ["strace", "-f", "-y", "--seccomp-bpf", "-e", f"trace={CALLS}", "-o", folder / f"{name}.trace"]
+            # A file for each thread: in one for all, calls at the same time are cut in two.
+            trace = ["strace", "-ff", "-y", "--seccomp-bpf", "-e", f"trace={CALLS}", "-o", folder / f"{name}.trace"]
             running_node = running([*map(str, trace), *map(str, serve), "--hostname", name], folder / f"{name}.log")
             stack.enter_context(running_node)
         for name in names:
@@ -143,7 +144,10 @@ def is_of(name: str, layers: range, count: int) -> bool:
 def bytes_read(trace: Path) -> int:
     """Of files of weights: what calls returned, and what was mapped."""
     total = 0
-    for line in trace.read_text(errors="replace").splitlines():
+    lines = [
+        each for file in trace.parent.glob(f"{trace.name}.*") for each in file.read_text(errors="replace").split("\n")
+    ]
+    for line in lines:
         if ".safetensors>" not in line:
             continue
         if "mmap(" in line:

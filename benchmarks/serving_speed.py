@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, save
+from machine import RESULTS, describe, save
 
 from smolcluster.bench.generate import Options, transformers_side, write_all
 from smolcluster.bench.intervals import bootstrap_interval
@@ -75,7 +75,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         model = arguments.model or gpt2_124m(stack.enter_context(tempfile.TemporaryDirectory()))
         for name in arguments.parts or parts:
-            found[name] = parts[name](model, arguments.blocks)
+            found[name] = {**parts[name](model, arguments.blocks), "commit": describe()["commit"]}
             print(name, json.dumps(found[name], indent=2), flush=True)
             found.pop("measured", None)
             save(arguments.name, found)

@@ -76,7 +76,10 @@ def test_no_row_depends_on_another(kind: WeightKind) -> None:
         assert torch.equal(found[:1], expected)
         for each in (found[1], product(row)):
             assert bool(each.isfinite().all()) == (other in (0.0, 1e6))
-    torch.testing.assert_close(product(torch.zeros(2, 64)), bias.expand(2, -1), rtol=1e-6, atol=1e-6)
+    for rows in (1, 2):
+        for little in (0.0, 1e-38, 1e-44):
+            found = product(torch.zeros(rows, 64).index_fill_(1, torch.tensor([3]), little))
+            torch.testing.assert_close(found, bias.expand(rows, -1), rtol=1e-6, atol=1e-6)
     assert product(x[:0]).shape == (0, 48)
 
 

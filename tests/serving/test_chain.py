@@ -159,7 +159,8 @@ def test_what_is_no_message_is_said_to_be_none() -> None:
     rng = random.Random(1)
     for whole, unpack in ((good, unpack_batch), (tokens, unpack_tokens)):
         other = tokens if whole is good else good
-        for bad in (b"", whole[:7], whole[:30], whole[: len(whole) - 40], other):
+        longer = [bytes([whole[0] + 1]) + whole[1:], whole + bytes(8)] if whole is good else []
+        for bad in (b"", whole[:7], whole[:30], whole[: len(whole) - 40], other, *longer):
             with pytest.raises(FrameError, match="a stage sent"):
                 unpack(memoryview(bytearray(bad)))
         for _ in range(300):  # it is that, or it can be read; nothing else

@@ -23,7 +23,7 @@ pytest.importorskip("openai")
 pytest.importorskip("httpx")
 
 from models.hf_folders import trained_folder
-from serving.bad_requests import BAD, send_what_is_wrong, signed, slow_clients, status_of
+from serving.bad_requests import BAD, exchange, send_what_is_wrong, signed, slow_clients, status_of
 from serving.foreign_clients import Address, use_event_source, use_openai, use_websocket, wait_until_free
 from serving.gone_clients import watch_disconnects
 from serving.test_api import MODEL, ask, chat, serving
@@ -77,6 +77,16 @@ def test_who_sends_too_much_can_send_it_and_read_why_it_is_refused(server: Addre
                 response.begin()
                 assert response.status == 413
                 assert b"4194304 bytes" in response.read()
+
+
+def test_a_body_of_unknown_length_is_refused_at_once_when_it_is_over(server: Address) -> None:
+    body = b"{" + b" " * (4 << 20)
+    sent = b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    sent += b"Transfer-Encoding: chunked\r\n\r\n"
+    began = time.monotonic()
+    status, _ = exchange(server, signed(server, sent) + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+    assert status == 413
+    assert time.monotonic() - began < 3
 
 
 def test_slow_clients_hold_nobody_up(server: Address) -> None:

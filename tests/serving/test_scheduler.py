@@ -52,9 +52,9 @@ def test_a_free_group_does_not_swallow_the_others() -> None:
 
 def test_one_piece_of_a_prompt_at_a_time_while_others_write() -> None:
     limits = Limits(depth=2, chunk=16, whole_chunk=64)
-    assert plan([writing(0), prompt(1, 100, 16)], 1, limits, has_piece=True) == [Segment(0, 9, 1)]
-    assert plan([writing(0, busy=True), prompt(1, 100, 16)], 1, limits, has_piece=True) == []
-    assert plan([prompt(1, 100, 16)], 1, limits, has_piece=True) == [Segment(1, 16, 64)]
+    assert plan([writing(0), prompt(1, 100, 16)], 1, limits, has_room=False) == [Segment(0, 9, 1)]
+    assert plan([writing(0, busy=True), prompt(1, 100, 16)], 1, limits, has_room=False) == []
+    assert plan([prompt(1, 100, 16)], 1, limits, has_room=False) == [Segment(1, 16, 64)]
 
 
 def test_a_piece_takes_about_as_long_as_a_step_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,19 +69,39 @@ def test_a_piece_takes_about_as_long_as_a_step_without_one(monkeypatch: pytest.M
         size.begin(writer)
         now[0] += 0.04
         size.end(writer)
-    for _ in range(40):
-        assert not size.has_piece
+    for _ in range(scheduler.ChunkSize.UNMEASURED - 2):
+        assert size.has_room
         both = [*writer, Segment(1, 0, size.tokens)]
         size.begin(both)
         size.begin(writer)
-        assert size.has_piece
+        assert not size.has_room
         now[0] += 0.04 + 0.02 + 0.002 * size.tokens
         size.end(both)
         size.end(writer)  # as late: that is not what a step takes
     assert 0.9 * 0.034 < 0.02 + 0.002 * size.tokens < 1.3 * 0.034
     size.begin([*writer, Segment(1, 0, 8)])
     size.restart()
-    assert not size.has_piece
+    assert size.has_room
+
+
+def test_pieces_grow_with_the_number_of_streams_that_write_even_if_there_is_always_a_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(scheduler.time, "perf_counter", lambda: now[0])
+    size = scheduler.ChunkSize()
+    for writers, least, most in ((1, 8, 10), (8, 55, 75), (1, 8, 12)):
+        pieces = 0
+        for _ in range(300):
+            segments = [Segment(slot, 5, 1) for slot in range(writers)]
+            if size.has_room:
+                segments.append(Segment(9, 0, size.tokens))
+                pieces += 1
+            size.begin(segments)
+            now[0] += 0.01 * writers + 0.001 * sum(each.length for each in segments if each.length > 1)
+            size.end(segments)
+        assert least <= size.tokens <= most, writers
+        assert pieces > 270
 
 
 def test_pieces_of_fixed_size_depend_on_nothing_else() -> None:

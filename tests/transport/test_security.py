@@ -126,12 +126,12 @@ def test_a_hello_survives_the_wire(rank: int, lane: str, run_id: str, to: int, n
 def test_the_layout_is_the_documented_one() -> None:
     assert (security.HELLO_BYTES, security.REPLY_BYTES) == (48, 40)
     packed = security.pack_hello(HELLO, NONCE)
-    assert packed[:8] == b"SMOL\x00\x02\x01\x0a"
+    assert packed[:8] == b"SMOL\x00\x03\x01\x0a"
     assert packed[8:16] == b"\x05\x00\x00\x01\x00\x00\x00\x03"
     assert packed[16:48] == NONCE
     assert packed[48:] == b"bulk:worldrun-7"
-    assert security.pack_challenge(NONCE) == b"SMOL\x00\x02\x02\x00" + NONCE
-    assert security.pack_refused(2) == b"SMOL\x00\x02\x05\x02" + bytes(32)
+    assert security.pack_challenge(NONCE) == b"SMOL\x00\x03\x02\x00" + NONCE
+    assert security.pack_refused(2) == b"SMOL\x00\x03\x05\x02" + bytes(32)
 
 
 @pytest.mark.parametrize("to", [-1, security.MAX_RANK + 1])

@@ -265,7 +265,7 @@ def _attention(q_THK: Tensor, keys_1GLK: Tensor, values_1GLK: Tensor, mask_TL: T
     groups = keys_1GLK.shape[1]
     if count == 1:  # the heads of a group as if they were tokens: no key is read twice
         q_1GHK = q_THK.view(1, groups, heads // groups, width)
-        return F.scaled_dot_product_attention(q_1GHK, keys_1GLK, values_1GLK).view(1, heads * width)
+        return F.scaled_dot_product_attention(q_1GHK, keys_1GLK, values_1GLK).reshape(1, heads * width)
     if heads != groups:
         keys_1GLK = keys_1GLK[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
         values_1GLK = values_1GLK[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)

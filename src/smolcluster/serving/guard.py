@@ -53,12 +53,13 @@ class Guard:
     async def _pass_on(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the application answer; a body of unknown length that turns out too long is refused."""
         scope.setdefault("state", {})["owner"] = self._owner
-        received, has_begun, is_too_long = 0, False, False
+        received, has_begun, is_too_long, has_more = 0, False, False, True
 
         async def counted() -> Message:
-            nonlocal received, is_too_long
+            nonlocal received, is_too_long, has_more
             message = await receive()
             received += len(message.get("body", b""))
+            has_more = message.get("more_body", False)
             if received > self._max_body_bytes and not has_begun:
                 is_too_long = True
                 raise _TooLong
@@ -73,7 +74,9 @@ class Guard:
         with contextlib.suppress(_TooLong):
             await app(scope, counted, noted)
         if is_too_long:
-            await _refuse(scope, receive, send, 413, self._too_long(), None)
+            if has_more:
+                await _discard(receive)
+            await _answer(send, 413, self._too_long(), None)
 
     def _too_long(self) -> str:
         return f"the body has more than {self._max_body_bytes} bytes"
@@ -138,11 +141,20 @@ def _name(netloc: str) -> str:
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, message: str, code: str | None) -> None:
+    """Before anything of the body has been asked for."""
     if scope["type"] == "websocket":
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": message[:120]})
         return
-    await _discard(scope, receive)
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    # Who expects to be told before sending it is told now; and so is who would send more than can be waited for.
+    if b"expect" not in headers and length.isdigit() and int(length) <= _DISCARDED_BYTES:
+        await _discard(receive)
+    await _answer(send, status, message, code)
+
+
+async def _answer(send: Send, status: int, message: str, code: str | None) -> None:
     body = json.dumps(error_body(message, "invalid_request_error", code=code)).encode()
     start: Message = {
         "type": "http.response.start",
@@ -153,11 +165,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, messa
     await send({"type": "http.response.body", "body": body})
 
 
-async def _discard(scope: Scope, receive: Receive) -> None:
-    headers = dict(scope["headers"])
-    length = headers.get(b"content-length", b"0")
-    if b"expect" in headers or not length.isdigit() or int(length) > _DISCARDED_BYTES:
-        return
+async def _discard(receive: Receive) -> None:
     left = _DISCARDED_BYTES
     with anyio.move_on_after(_DISCARD_SECONDS):
         while left > 0:

@@ -35,7 +35,7 @@ DTYPES: dict[str, tuple[torch.dtype, WeightKind]] = {
 
 # Those that "auto" chooses between: integers are chosen by who accepts what they cost in precision.
 _TIMED = ("fp32", "bf16", "fp16")
-# More than most caches hold, as a model's weights are; and no more than a node can have besides a small model.
+# More than the caches of most machines at home hold; and no more than a node has besides a small model.
 _TIMED_BYTES = 64 << 20
 _TIMED_ROUNDS = 5
 # Of tiny matrices: there Python takes the time, not memory.

@@ -66,6 +66,7 @@ class StageNode:
         self._lock = threading.Lock()
         self._world: World | None = None
         self._generation = 0
+        self._ready: _Ready | None = None
         session.on("measure", lambda _, message: self._told("measure", message))
         session.on("assign", lambda _, message: self._told("assign", message))
         session.on("meet", lambda _, message: self._told("meet", message))
@@ -76,16 +77,16 @@ class StageNode:
         """Compute until the session ends; why it did."""
         try:
             return self._obey()
-        except FrameError as error:  # the controller is another one by now, or will be
+        except FrameError as error:  # of a controller that speaks otherwise; the next one may not
             return error
+        finally:
+            self._unready()
 
     def _obey(self) -> SmolError | None:
-        ready: _Ready | None = None
         while True:
             kind, message = self._news.get()
-            if kind != "meet" and ready is not None:
-                ready.listener.close()
-                ready = None
+            if kind != "meet":
+                self._unready()
             if kind == "end":
                 return self._session.error()
             if kind == "measure":
@@ -94,10 +95,17 @@ class StageNode:
                 assigned = _read_assignment(message)
                 if assigned.generation == self._generation:  # nothing newer is known yet
                     self._session.send(SERVER, "accepted", {"generation": assigned.generation})
-                    ready = self._prepare(assigned)
-            elif ready is not None and message.get("generation") == ready.assigned.generation:
-                self._serve(ready, _read_members(message))
-                ready = None
+                    self._ready = self._prepare(assigned)
+            elif self._ready is not None and message.get("generation") == self._ready.assigned.generation:
+                members = _read_members(message)
+                ready, self._ready = self._ready, None
+                self._serve(ready, members)
+
+    def _unready(self) -> None:
+        """Listen no more for the other stages."""
+        if self._ready is not None:
+            self._ready.listener.close()
+            self._ready = None
 
     def _told(self, kind: str, message: JsonObject) -> None:
         """On the session's thread: what is new ends what is under way."""

@@ -276,7 +276,7 @@ class Replica:
     def _launch(self) -> None:
         """Begin as many micro-batches as should be under way."""
         limits = Limits(self._executor.depth, self._chunk.tokens, fixed_chunk=self._rules.fixed_chunk)
-        while segments := plan(self._states(), len(self._under_way), limits, has_piece=self._chunk.has_piece):
+        while segments := plan(self._states(), len(self._under_way), limits, has_room=self._chunk.has_room):
             batch = self._batch(segments)
             self._is_alone = not self._under_way
             self._began = time.perf_counter()

@@ -59,16 +59,15 @@ class Limits:
     fixed_chunk: int | None = None
 
 
-def plan(streams: Sequence[StreamState], under_way: int, limits: Limits, *, has_piece: bool = False) -> list[Segment]:
+def plan(streams: Sequence[StreamState], under_way: int, limits: Limits, *, has_room: bool = True) -> list[Segment]:
     """The next micro-batch; empty: there is nothing to do now.
 
     Args:
         streams: in the order in which they came.
         under_way: micro-batches that have not come back.
         limits: what a step may hold.
-        has_piece: one of those under way holds a piece of a prompt. While others write, one at a time does: a large
-            piece in one of several micro-batches takes less than small ones in all of them, as the rows of a few
-            streams alone are faster than with any others.
+        has_room: it may hold a piece of a prompt while others write. Not while another one does: at a time a large
+            piece in one of several micro-batches, and not small ones in all of them.
     """
     if under_way >= limits.depth:
         return []
@@ -76,7 +75,7 @@ def plan(streams: Sequence[StreamState], under_way: int, limits: Limits, *, has_
     # As many in each group; not all that are free at the moment, or one group would swallow the others.
     group = -(-len(writing) // limits.depth)
     segments = [Segment(stream.slot, stream.computed, 1) for stream in writing if not stream.is_busy][:group]
-    room = (0 if has_piece else limits.chunk) if writing else limits.whole_chunk
+    room = (limits.chunk if has_room else 0) if writing else limits.whole_chunk
     for stream in streams:
         if stream.writes or stream.is_busy or room <= 0:
             continue
@@ -98,10 +97,13 @@ def _fixed(stream: StreamState, chunk: int) -> int:
 class ChunkSize:
     """How many tokens of a prompt a step may hold so that it takes less than twice as long for those who write.
 
-    It is measured: what a step takes while no prompt is under way, and what each token of a prompt adds.
+    It is measured: what a step takes while no prompt is under way, and what each token of a prompt adds. If there are
+    always prompts, steps without one are made from time to time, as the streams that write become more or fewer.
     """
 
     LEAST, MOST = 8, 256
+    # Steps with a piece, until there has to be one without.
+    UNMEASURED = 16
     # Of what a step takes otherwise, a piece may take so much in addition. Prompts that follow take a little more.
     SHARE = 0.85
 
@@ -109,6 +111,7 @@ class ChunkSize:
         self.tokens = 32
         self._under_way: deque[_Step] = deque()
         self._step = 0.0  # seconds of a step in which streams only write
+        self._since = 0  # steps with a piece and with streams that write, since the last one of these
         # Of pieces of prompts: what they add in seconds, and their tokens. Apart, or short ones would count too much.
         self._seconds = self._tokens = 0.0
 
@@ -122,9 +125,9 @@ class ChunkSize:
         self._under_way.append(step)
 
     @property
-    def has_piece(self) -> bool:
-        """Whether a piece of a prompt is under way."""
-        return any(step.added for step in self._under_way)
+    def has_room(self) -> bool:
+        """Whether the next micro-batch may hold a piece of a prompt while others write."""
+        return self._since < self.UNMEASURED and not any(step.added for step in self._under_way)
 
     def restart(self) -> None:
         """Whatever is under way never ends."""
@@ -136,8 +139,10 @@ class ChunkSize:
         seconds = time.perf_counter() - step.began
         if not step.added:
             if not step.is_delayed:
-                self._step = seconds if not self._step else 0.8 * self._step + 0.2 * seconds
+                new = 1.0 if not self._step else 0.5 if self._since else 0.2
+                self._step, self._since = (1 - new) * self._step + new * seconds, 0
         elif any(segment.length == 1 for segment in segments):
+            self._since += 1
             if self._step:
                 self._learn(max(seconds - self._step, 0.0), step.added)
         else:

@@ -74,7 +74,7 @@ class BatchMessage:
         self._head = _pack(_BATCH, all_seconds, batch.number, (len(batch.segments), len(batch.wanted)), numbers, rare)
 
     def parts(self, x: Tensor, seconds: float = 0.0) -> list[bytes | bytearray | memoryview]:
-        """The message, in parts that belong behind each other.
+        """The message, in parts that belong behind each other; once.
 
         Args:
             x: ids (N,), or what the layers so far have given (N, D); not to be changed before the message is sent.
@@ -113,6 +113,8 @@ def unpack_batch(message: memoryview) -> tuple[MicroBatch, Tensor, Sequence[floa
         )
         rows = sum(segment.length for segment in batch.segments)
         shape = (rows, width) if width else (rows,)
+        if begin % _ALIGNMENT or begin + rows * (width or 1) * DTYPES[code].itemsize != len(message):
+            raise ValueError(f"{len(message)} bytes, of which {begin} are not rows")
         if (dtype := _NUMPYS.get(DTYPES[code])) is not None:
             return batch, torch.from_numpy(np.ndarray(shape, dtype, message, begin)), seconds
         return batch, torch.frombuffer(message, dtype=DTYPES[code], offset=begin).view(shape), seconds

@@ -26,7 +26,7 @@ from pathlib import Path
 from smolcluster.errors import AuthFailed, ConfigError, FrameError
 from smolcluster.transport.base import Hello
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"SMOL"
 NONCE_BYTES = 32
 MAC_BYTES = 32
