@@ -28,7 +28,7 @@ import time
 from typing import Any
 
 MAGIC = b"SMOL"
-VERSION = 2
+VERSION = 3
 HELLO, CHALLENGE, PROOF, ACCEPT, REFUSED = 1, 2, 3, 4, 5
 REASONS = {
     1: "protocol version", 2: "token", 3: "run id", 4: "this rank's lane is connected already",

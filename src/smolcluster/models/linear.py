@@ -41,7 +41,7 @@ _LEAST_SCALE = 1e-30
 _INT8_WIDTH = 16
 
 
-# Intel's MKL takes up to twice as long for x W^T with so many rows as for W x^T with 16 (12 and 3072 x 768: 2.2 ms, 1.3).
+# Intel's MKL takes up to twice as long for x W^T with so many rows as for W x^T with 16 (12 rows of 768: 2.2 ms, 1.3).
 # By the number of rows alone, and not timed at the start: with --deterministic equal machines have to do the same.
 _FEW_ROWS = range(7, 17)
 
