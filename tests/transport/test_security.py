@@ -150,7 +150,7 @@ def test_names_that_are_too_long_are_not_packed(hello: Hello) -> None:
 def test_a_random_hello_is_refused_and_nothing_else(fixed: bytes, tail: bytes) -> None:
     with pytest.raises((FrameError, Refused)):
         security.hello_tail_bytes(fixed)
-    as_hello = b"SMOL\x00\x02\x01" + fixed[7:]
+    as_hello = b"SMOL\x00\x03\x01" + fixed[7:]
     try:
         count = security.hello_tail_bytes(as_hello)
         security.unpack_hello(as_hello, tail[:count].ljust(count, b"\xff"))
@@ -161,7 +161,7 @@ def test_a_random_hello_is_refused_and_nothing_else(fixed: bytes, tail: bytes) -
 
 @given(st.binary(min_size=40, max_size=40))
 def test_a_random_reply_is_refused_and_nothing_else(reply: bytes) -> None:
-    for candidate in (reply, b"SMOL\x00\x02" + reply[6:], b"SMOL" + reply[4:]):
+    for candidate in (reply, b"SMOL\x00\x03" + reply[6:], b"SMOL" + reply[4:]):
         with pytest.raises((FrameError, AuthFailed)):
             security.check_accept(candidate, "tcp://somewhere:1", bytes(32))
 
@@ -209,7 +209,7 @@ def test_the_proof_covers_everything_that_was_said(other: Transcript) -> None:
 def test_the_proof_covers_role_token_and_protocol_version(monkeypatch: pytest.MonkeyPatch) -> None:
     proofs = {TRANSCRIPT.proof(TOKEN, role) for role in ("dialler", "listener", "session")}
     proofs.add(TRANSCRIPT.proof(b"another token of 28 letters!", "dialler"))
-    monkeypatch.setattr(security, "PROTOCOL_VERSION", 3)
+    monkeypatch.setattr(security, "PROTOCOL_VERSION", security.PROTOCOL_VERSION + 1)
     proofs.add(TRANSCRIPT.proof(TOKEN, "dialler"))
     assert len(proofs) == 5
 
